@@ -4,7 +4,7 @@ OUT ?= outputs/gpu_check
 GPU_CHECK_FLAGS ?=
 BENCH_FLAGS ?= --size=demo --device=auto --seed=0 --out=outputs/bench_policy
 BIN := .venv/bin
-PINS := setup.cfg pyproject.toml constraints.txt
+PINS := setup.cfg pyproject.toml requirements/constraints.txt
 # Python 3.12 (lerobot 0.6 needs it) and 3.13: the first of these that runs. A name on PATH may be pyenv's shim of a version that is not chosen.
 find_python = $(shell for candidate in python3.$(1) $$HOME/.pyenv/versions/3.$(1)*/bin/python3.$(1); do \
 	"$$candidate" -c "import sys; sys.exit(sys.version_info[:2] != (3, $(1)))" 2>/dev/null && echo "$$candidate" && break; done)
@@ -14,9 +14,9 @@ ARM_TESTS := tests/test_so100_follower.py tests/test_feetech_bus.py tests/test_f
 	tests/test_end_to_end.py tests/test_lerobot_plugin.py
 QUICK_TESTS := tests/test_loop.py tests/test_limits.py tests/test_threaded.py tests/test_feetech_bus.py tests/test_so100_follower.py
 # By the environment, and not by --constraint alone: only so it reaches the tools that build packages, too.
-INSTALL := PIP_CONSTRAINT="$(CURDIR)/constraints.txt" PIP_BUILD_CONSTRAINT="$(CURDIR)/constraints.txt" \
+INSTALL := PIP_CONSTRAINT="$(CURDIR)/requirements/constraints.txt" PIP_BUILD_CONSTRAINT="$(CURDIR)/requirements/constraints.txt" \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
-INSTALL_LEROBOT_06 = PIP_CONSTRAINT="$(CURDIR)/constraints-py312.txt" PIP_BUILD_CONSTRAINT="$(CURDIR)/constraints-py312.txt" \
+INSTALL_LEROBOT_06 = PIP_CONSTRAINT="$(CURDIR)/requirements/constraints-py312.txt" PIP_BUILD_CONSTRAINT="$(CURDIR)/requirements/constraints-py312.txt" \
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --editable
 DEMO := outputs/demo
 RUN_DEMO := so100_inference_optimized.py --config_path=configs/so100_sim.yaml --model_path=checkpoints/so100-sim-reach --timeout=3 --episodes=3 --seed=0
@@ -130,7 +130,7 @@ python312 python313: python3%:
 	$(PYTHON3$*) -m venv $(@D)
 	@touch $@
 
-.venv312/.robottest .venv313/.robottest: .venv3%/.robottest: setup.cfg pyproject.toml constraints-py312.txt | .venv3%/.created
+.venv312/.robottest .venv313/.robottest: .venv3%/.robottest: setup.cfg pyproject.toml requirements/constraints-py312.txt | .venv3%/.created
 	@echo "installing lerobot 0.6 and what the tests of the arm need into $(@D) (some minutes and 8 GB, once)"
 	$(INSTALL_LEROBOT_06) '.[robottest]'
 	@touch $@

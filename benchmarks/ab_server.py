@@ -32,10 +32,11 @@ import numpy as np
 
 from benchmarks.lib import many_arms, program
 from benchmarks.lib.served_policy import ServedPolicy
+from gr00t_fast.base.errors import Gr00tFastError, check_ranges
+from gr00t_fast.base.flags import size_of
+from gr00t_fast.base.measurement import percentiles
 from gr00t_fast.cli.bench import observations_of, random_noise
-from gr00t_fast.errors import Gr00tFastError
 from gr00t_fast.inputs.data_config import load_data_config
-from gr00t_fast.measurement import percentiles
 from gr00t_fast.serving import PolicyClient
 
 Factor = Literal["transport", "preprocessing", "engine", "steps"]
@@ -359,10 +360,10 @@ def run(config: Config) -> dict[str, Any]:
     """Load, start the servers, call in turn, and end the servers. Raises Gr00tFastError."""
     from gr00t_fast.engine.cuda_graph import GraphEngine  # whose pre-processing is part of it
 
-    program.check_counts(config, "denoising_steps", "other_denoising_steps", "threads", "rounds")
-    program.check_counts(config, "warm_up", "settle", least=0)
+    check_ranges(config, **dict.fromkeys(("denoising_steps", "other_denoising_steps", "threads", "rounds"), (1, math.inf)))
+    check_ranges(config, warm_up=(0, math.inf), settle=(0, math.inf))
     weights = program.weights_of(config)
-    model_path = program.checkpoint_of(config, config.size, program.size_of(config.resolution))
+    model_path = program.checkpoint_of(config, config.size, size_of(config.resolution))
     policies = Policies(model_path, config.options("denoising_steps"))
     ours = policies.ours
     takes_pixels = not isinstance(ours.engine, GraphEngine)
@@ -389,9 +390,9 @@ def run(config: Config) -> dict[str, Any]:
 
 def run_arms(config: Config) -> dict[str, Any]:
     """`--clients`: several arms with one server. Raises Gr00tFastError."""
-    program.check_counts(config, "clients", "threads")
+    check_ranges(config, clients=(1, math.inf), threads=(1, math.inf))
     rounds = max(int(60 * config.max_minutes / config.round_s / len(config.chunks) / len(many_arms.MODES)), 1)
-    weights, model_path = program.weights_of(config), program.checkpoint_of(config, config.size, program.size_of(config.resolution))
+    weights, model_path = program.weights_of(config), program.checkpoint_of(config, config.size, size_of(config.resolution))
     policies = Policies(model_path, config.options("denoising_steps"))
     ours, observation = policies.ours, _inputs(policies.ours, config)[0][0]
     setup = Setup("tcp", OURS, ours.engine.name, config.denoising_steps or ours.denoising_steps)

@@ -11,6 +11,7 @@ turns, shuffled anew every round, after a round that is not counted.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,9 +26,10 @@ from torch import Tensor
 
 from benchmarks.lib import program
 from benchmarks.lib.policy_zoo import JOINTS, Setting, build_act, build_smolvla, observation_of
+from gr00t_fast.base.errors import ConfigError, check_ranges
+from gr00t_fast.base.flags import size_of
+from gr00t_fast.base.measurement import StageTimer, percentiles
 from gr00t_fast.engine import select_device
-from gr00t_fast.errors import ConfigError
-from gr00t_fast.measurement import StageTimer, percentiles
 
 _FIGURES = ("refill_ms", "training_step_ms")
 _NAMES = {"act": "ACT", "smolvla": "SmolVLA (pads every picture to one square)"}
@@ -105,8 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(config: Config) -> program.Result:
-    program.check_counts(config, "batch_size", "rounds", "cameras")
-    sizes = {text: program.size_of(text, "resolutions") for text in config.resolutions}
+    check_ranges(config, **dict.fromkeys(("batch_size", "rounds", "cameras"), (1, math.inf)))
+    sizes = {text: size_of(text, "resolutions") for text in config.resolutions}
     device = select_device(config.device)
     if not sizes or device.type not in ("cpu", "cuda"):
         raise ConfigError(f"expected --resolutions, each once, and --device cpu or cuda; got {config.resolutions} and {device}.")

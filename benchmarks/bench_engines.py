@@ -25,15 +25,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import torch
 
 from benchmarks.lib.program import checkpoint_of, finish, provenance, read_flags
-from benchmarks.lib.random_checkpoint import random_network, write_random_checkpoint
+from gr00t_fast.base.contracts import NetworkName
+from gr00t_fast.base.measurement import percentiles
 from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.cli.bench import ARMS, Bench, BenchConfig, compare, seconds_of, table_rows, verdict, word_of
-from gr00t_fast.contracts import NetworkName
 from gr00t_fast.engine import select_device, select_precision
 from gr00t_fast.inputs.data_config import DEFAULT_DATA_CONFIG
-from gr00t_fast.measurement import percentiles
 from gr00t_fast.model import Gr00t
 from gr00t_fast.policy import Gr00tPolicy
+from gr00t_fast.virtual.random_checkpoint import random_network, write_random_checkpoint
 
 REFERENCE = "reference"
 

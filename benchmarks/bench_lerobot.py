@@ -10,6 +10,7 @@ of N1.5 Eagle's whole `eagle2_hg_model`.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -24,8 +25,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from any directory
 
 from benchmarks.lib import program
-from gr00t_fast.errors import ConfigError, require
-from gr00t_fast.measurement import percentiles
+from gr00t_fast.base.errors import ConfigError, check_ranges, require
+from gr00t_fast.base.measurement import percentiles
 
 CAMERAS, JOINTS, TASK, WIDTH, HEIGHT = ("front", "wrist"), 6, "Place the block in the bowl", 640, 480
 
@@ -39,7 +40,7 @@ class BenchLerobotFlags(program.Flags):
     out: Path = Path("outputs/bench_lerobot")  # where the policy and the result go
 
     def __post_init__(self) -> None:
-        program.check_counts(self, "rounds")
+        check_ranges(self, rounds=(1, math.inf))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,9 +128,9 @@ def measure(config: BenchLerobotFlags) -> program.Result:
     require("transformers", "bench")
     import torch
 
-    from benchmarks.lib.random_checkpoint import write_random_checkpoint
     from gr00t_fast import load_policy
     from gr00t_fast.networks.n1d7 import PROCESSOR_FILES
+    from gr00t_fast.virtual.random_checkpoint import write_random_checkpoint
 
     torch.set_num_threads(config.threads or torch.get_num_threads())
     n1d7 = not lerobot.__version__.startswith(("0.4", "0.5"))

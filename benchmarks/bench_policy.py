@@ -13,6 +13,7 @@ traffic at the best rates that this machine showed in the same run. Nothing gets
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -27,10 +28,10 @@ import torch
 from benchmarks.lib import program
 from benchmarks.lib.reference import reference_engine
 from benchmarks.lib.work import measure_ceilings, stage_work
+from gr00t_fast.base.errors import ConfigError, check_ranges
+from gr00t_fast.base.measurement import StageTimer, percentiles
 from gr00t_fast.engine import EXPORTED, check_engine, make_engine, open_engine, select_device, select_precision
 from gr00t_fast.engine.manifest import target_of
-from gr00t_fast.errors import ConfigError
-from gr00t_fast.measurement import StageTimer, percentiles
 from gr00t_fast.model import Gr00t, ModelInputs
 from gr00t_fast.model.config import ModelConfig, QwenVisionConfig, Siglip2VisionConfig, VisionConfig
 
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: Config) -> dict[str, Any]:
-    program.check_counts(arguments, "rounds", "cameras", "denoising_steps")
+    check_ranges(arguments, **dict.fromkeys(("rounds", "cameras", "denoising_steps"), (1, math.inf)))
     check_engine(arguments.engine, arguments.engine_path)
     path = program.checkpoint_of(arguments, arguments.size)
     ours, model, device, dtype = _load(path, arguments)

@@ -5,8 +5,8 @@
 
 A recording of a pick and place, made up, is the task; a policy that knows it by heart answers each observation with the next actions, after a delay
 and with an error of its own per chunk. The product's control loop, pacer and controllers move an arm with a first-order lag. Architectures: `sync`,
-`threaded`, `threaded_resume` (--when_late=resume) and the baseline `naive_async` (a FIFO of chunks, each played from its first action). `floor` is
-the recording itself sent to the same arm: no delay, no error.
+`threaded` and the baseline `naive_async` (a FIFO of chunks, each played from its first action). `floor` is the recording itself sent to the same
+arm: no delay, no error.
 
 What comparisons of this kind commonly get wrong, and what is done here: one trial (here several, seeds paired); stale chunks played from index 0
 (here a baseline that is called so); an invented fixed delay (here also measured distributions); errors at equal instants only, which charge a delay
@@ -20,10 +20,11 @@ G instants of a regular grid.
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -35,18 +36,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import numpy as np
 
 from benchmarks.lib.latency import Latency, VirtualWorker, needed_actions, parse_latency, play_until
-from benchmarks.lib.program import Flags, check_counts, drawing, finish, in_processes, markdown_table, provenance, read_flags
-from gr00t_fast.console import progress_bar
-from gr00t_fast.contracts import SO100_JOINTS, ActionChunk, CameraSpec, Clock, JointUnit, LandingReport, ModalityConfig, Observation, Policy
+from benchmarks.lib.program import Flags, drawing, finish, in_processes, markdown_table, provenance, read_flags
+from gr00t_fast.base.console import progress_bar
+from gr00t_fast.base.contracts import SO100_JOINTS, ActionChunk, CameraSpec, Clock, JointUnit, LandingReport, ModalityConfig, Observation, Policy
+from gr00t_fast.base.errors import ConfigError, check_ranges
 from gr00t_fast.control.binding import RobotBinding
-from gr00t_fast.control.chunk_buffer import DueTarget
-from gr00t_fast.control.controller import ChunkController, ControllerOptions, PolicyRunner, ThreadWorker, Worker
 from gr00t_fast.control.limits import SafetyOptions
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import MonotonicClock, VirtualClock
-from gr00t_fast.errors import ConfigError
+from gr00t_fast.control.planner import DueTarget, Planner, PlannerOptions, PolicyRunner, ThreadWorker, Worker
 
-Architecture = Literal["sync", "threaded", "threaded_resume", "naive_async"]
+Architecture = Literal["sync", "threaded", "naive_async"]
 SceneKind = Literal["moving", "still"]
 
 # --- the recording -------------------------------------------------------------------------------------------------------------------------
@@ -138,20 +138,18 @@ class DelayedReplay(Policy):
 QUEUE_DEPTH = 5  # of the buffered loop that this baseline stands for
 
 
-class FifoController:
-    """In place of a ChunkController. Thinks whenever the queue has room; what waited in the queue is played although the world has moved on."""
+class FifoPlanner:
+    """In place of a Planner. Thinks whenever the queue has room; what waited in the queue is played although the world has moved on."""
+
+    limit_s = tell_after_s = math.inf
+    instruction = ""
 
     def __init__(self, policy: Policy, binding: RobotBinding, clock: Clock, worker: Worker, depth: int = QUEUE_DEPTH) -> None:
         self._runner, self._worker, self._depth = PolicyRunner(policy, binding, "", clock), worker, depth
-        self.note, self.instruction = DueTarget(np.empty(0)), ""
         self._call: Future[tuple[int, ActionChunk]] | None = None
         self._queue: deque[tuple[int, ActionChunk]] = deque()  # tick of the observation, chunk
         self._playing: tuple[int, ActionChunk] | None = None
         self._row = 0
-
-    @property
-    def needs_observation(self) -> bool:
-        return self._playing is None and not self._queue
 
     def warm_up(self) -> None:
         self._runner.policy.warm_up("")
@@ -164,38 +162,35 @@ class FifoController:
     def expire(self) -> None:
         """It looks at nothing but its queue."""
 
-    def plan(self, observation: Observation, keep_alive: Callable[[], None] = lambda: None) -> ActionChunk:
-        self._submit(observation, 0)
-        self._call.exception()  # waits
-        self._take()
-        return self._queue[0][1]
+    def remember(self, observation: Observation) -> None:
+        """Nor at the past."""
 
-    def see(self, observation: Observation, tick: int) -> None:
-        if self._call is None and len(self._queue) < self._depth:
-            self._submit(observation, tick)
-
-    def next_target(self, tick: int) -> np.ndarray:
+    def arrived(self, tick: int, holding: bool) -> ActionChunk | None:
         if self._call is not None and self._call.done():
-            self._take()
-        entered = None
+            call, self._call = self._call, None
+            self._queue.append(call.result())
         if self._queue and (self._playing is None or self._row >= len(self._playing[1].targets)):
-            entered = None if self._playing is None else self._queue[0][1]  # the loop itself notes the first one
             self._playing, self._row = self._queue.popleft(), 0
-        observed, chunk = self._playing
-        underrun = self._row >= len(chunk.targets)
-        self.note = DueTarget(chunk.targets[min(self._row, len(chunk.targets) - 1)], tick - observed, underrun, entered=entered)
+            return self._playing[1]
+        return None
+
+    def chunk_due(self, tick: int) -> DueTarget | None:
+        if self._playing is None or self._row >= len(self._playing[1].targets):
+            return None
         self._row += 1
-        return self.note.target
+        return DueTarget(self._playing[1].targets[self._row - 1], tick - self._playing[0], self._row - 1)
+
+    def ahead(self, tick: int, rows: int) -> np.ndarray:
+        return self._playing[1].targets[self._row :][:rows]
+
+    def want_inference(self, tick: int) -> bool:
+        return self._call is None and len(self._queue) < self._depth
+
+    def ask(self, observation: Observation, tick: int) -> None:
+        self._call = self._worker.submit(lambda: (tick, self._runner.infer(observation)[0]))
 
     def close(self, timeout_s: float) -> bool:
         return self._worker.close(timeout_s)
-
-    def _submit(self, observation: Observation, tick: int) -> None:
-        self._call = self._worker.submit(lambda: (tick, self._runner.infer(observation)[0]))
-
-    def _take(self) -> None:
-        call, self._call = self._call, None
-        self._queue.append(call.result())
 
 
 # --- the arm and its scene ----------------------------------------------------------------------------------------------------------------
@@ -335,16 +330,15 @@ def run_trial(recording: Recording, config: Config, cell: Cell, trial: int) -> T
     return measure(recording, loop, arm, scene, 1 / config.fps)
 
 
-def make_controller(config: Config, cell: Cell, policy: Policy, arm: FollowerArm, clock: Clock) -> ChunkController | FifoController:
+def make_controller(config: Config, cell: Cell, policy: Policy, arm: FollowerArm, clock: Clock) -> Planner | FifoPlanner:
     """The product's controller as its users get them, and the one baseline."""
     worker: Worker = VirtualWorker(clock) if isinstance(clock, VirtualClock) else ThreadWorker()
     widths = {"joints": len(arm.joint_names) - 1, MARKER: 1}
     binding = RobotBinding(policy.get_modality_config(), widths, widths, arm.joint_names, {CAMERA: CAMERA})
     if cell.architecture == "naive_async":
-        return FifoController(policy, binding, clock, worker)
-    when_late = "resume" if cell.architecture == "threaded_resume" else "hold"
-    options = ControllerOptions("sync" if cell.architecture == "sync" else "threaded", when_late=when_late, max_hold_s=None)
-    return ChunkController(policy, binding, _INSTRUCTION, clock, config.fps, options, worker)
+        return FifoPlanner(policy, binding, clock, worker)
+    options = PlannerOptions("sync" if cell.architecture == "sync" else "threaded", max_hold_s=None)
+    return Planner(policy, binding, _INSTRUCTION, clock, config.fps, options, worker)
 
 
 # --- figures of a trial -------------------------------------------------------------------------------------------------------------------
@@ -496,10 +490,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: Config, trials: dict[tuple[Cell, int], Trial]) -> dict[str, Any]:
     """Leaves what the arm did in `trials`. Raises ConfigError."""
-    check_counts(config, "rounds", "jobs", "actions_per_chunk")
-    check_counts(config, "fps", "arm_time_constant_s", least=1e-3)
-    check_counts(config, "chunk_noise_deg", least=0)
-    check_counts(config, "seconds", least=1)
+    check_ranges(config, **dict.fromkeys(("rounds", "jobs", "actions_per_chunk"), (1, math.inf)))
+    check_ranges(config, fps=(1e-3, math.inf), arm_time_constant_s=(1e-3, math.inf))
+    check_ranges(config, chunk_noise_deg=(0, math.inf))
+    check_ranges(config, seconds=(1, math.inf))
     recording = pick_and_place(config.seconds)
     cells = cells_of(config)
     shuffled = [(cell, number) for number in range(config.rounds) for cell in random.Random(number).sample(cells, len(cells))]  # they take turns
@@ -534,8 +528,7 @@ def run(config: Config, trials: dict[tuple[Cell, int], Trial]) -> dict[str, Any]
 
 
 def cells_of(config: Config) -> list[Cell]:
-    """Every architecture at every delay with the first chunk length; with longer ones where the length before is too short to bridge the delay.
-    `threaded_resume` differs from `threaded` only where the chunk is too short, and is run there. Raises ConfigError."""
+    """Every architecture at every delay with the first chunk length; with longer ones where the length before is too short to bridge the delay."""
     cells = []
     for scene in config.scenes:
         for delay in map(parse_latency, config.latency_ms):
@@ -543,9 +536,7 @@ def cells_of(config: Config) -> list[Cell]:
             for before, horizon in zip([0, *config.actions_per_chunk], config.actions_per_chunk, strict=False):
                 if before < needed:
                     names = config.architectures or get_args(Architecture)
-                    cells += [Cell(scene, name, horizon, delay) for name in names if name != "threaded_resume" or horizon < needed]
-    if not cells:
-        raise ConfigError("nothing to run: threaded_resume alone differs from threaded only where a chunk is shorter than twice the delay.")
+                    cells += [Cell(scene, name, horizon, delay) for name in names]
     return cells
 
 

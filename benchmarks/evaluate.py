@@ -28,24 +28,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import numpy as np
 
 from benchmarks.lib.latency import VirtualWorker, play_until
-from benchmarks.lib.program import check_counts, finish, in_processes, markdown_table, provenance, read_flags
+from benchmarks.lib.program import finish, in_processes, markdown_table, provenance, read_flags
 from gr00t_fast import load_policy
+from gr00t_fast.base.contracts import ActionPrefix, Clock, LandingReport, Observation, Policy
+from gr00t_fast.base.errors import ConfigError, check_ranges, require
+from gr00t_fast.base.measurement import wilson_interval
 from gr00t_fast.checkpoint import open_checkpoint, read_policy_metadata
-from gr00t_fast.contracts import ActionPrefix, Clock, LandingReport, Observation, Policy
 from gr00t_fast.control.binding import RobotBinding, resolve_camera_map
-from gr00t_fast.control.controller import ChunkController, ControllerOptions
 from gr00t_fast.control.loop import LoopOptions
 from gr00t_fast.control.pacer import VirtualClock
+from gr00t_fast.control.planner import Planner, PlannerOptions
 from gr00t_fast.engine.manifest import sha256
-from gr00t_fast.errors import ConfigError, require
-from gr00t_fast.measurement import wilson_interval
 from gr00t_fast.robots import SimCameraConfig, SO100SimConfig
-from gr00t_fast.robots.sim.scene import scene_xml
-from gr00t_fast.robots.sim.simulation import SimArm
-from training.samples import FIRST_LAYOUT_SEED
+from gr00t_fast.virtual.sim.scene import scene_xml
+from gr00t_fast.virtual.sim.simulation import FIRST_LAYOUT_SEED, SimArm
 
 Scene = Literal["still", "moving"]
-ControllerName = Literal["sync", "threaded", "auto", "resume", "rtc"]
+ControllerName = Literal["sync", "threaded", "auto", "rtc"]
 Study = Literal["latency", "steps", "precision"]
 EMBODIMENT_TAG, DATA_CONFIG = "new_embodiment", "so100"  # what training/ writes, and the simulation shows
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,14 +71,14 @@ FACTORS = tuple(field.name for field in fields(Cell))
 
 
 def cells_of_study(study: Study, scenes: Sequence[Scene], engines: Sequence[str]) -> list[Cell]:
-    """latency: loops that wait play 8 or 16 actions per inference, those that think ahead need all 16 to bridge the wait; resume and rtc could
-    differ from threaded only where chunks come late or overlap for long. steps: fewer denoising steps, longer chunks. precision: number formats."""
+    """latency: loops that wait play 8 or 16 actions per inference, those that think ahead need all 16 to bridge the wait; rtc could
+    differ from threaded only where chunks overlap for long. steps: fewer denoising steps, longer chunks. precision: number formats."""
     if study == "steps":
         return [Cell(scene, "sync", 0, steps, horizon) for scene in scenes for steps in (1, 2, 4, 8) for horizon in (4, 8, 16)]
     if study == "precision":
         return [Cell(scene, engine=engine) for scene in scenes for engine in dict.fromkeys(("eager:fp32", "eager:bf16", *engines))]
     all_ms = (0, 50, 200, 800)
-    arms = [("sync", 8, all_ms), ("sync", 16, all_ms), ("threaded", 16, all_ms), ("resume", 16, all_ms[2:]), ("rtc", 16, all_ms[2:3])]
+    arms = [("sync", 8, all_ms), ("sync", 16, all_ms), ("threaded", 16, all_ms), ("rtc", 16, all_ms[2:3])]
     return [Cell(scene, name, ms, action_horizon=horizon) for scene in scenes for name, horizon, latencies_ms in arms for ms in latencies_ms]
 
 
@@ -97,8 +96,8 @@ def cells_of(config: Config) -> list[Cell]:
     else:
         named["scene"] = scenes
         cells = [Cell(**dict(zip(named, values, strict=True))) for values in itertools.product(*named.values())]
-    check_counts(config, "latency_ms", least=0)
-    check_counts(config, "denoising_steps", "action_horizon")
+    check_ranges(config, latency_ms=(0, math.inf))
+    check_ranges(config, denoising_steps=(1, math.inf), action_horizon=(1, math.inf))
     trained = open_checkpoint(config.model_path).config.head.action_horizon
     if any(cell.action_horizon > trained for cell in cells):
         raise ConfigError(f"this checkpoint predicts {trained} actions; more of them cannot play. Lower --action_horizon.")
@@ -219,18 +218,17 @@ class EpisodeRunner:
         late = LatePolicy(policy, self._noise_shape, clock, cell.latency_ms, (seed, config.seed))
         cameras = resolve_camera_map(arm.cameras, metadata.resolutions, None)
         binding = RobotBinding(late.get_modality_config(), metadata.state_widths, metadata.action_widths, arm.joint_names, cameras)
-        overlap = ControllerOptions(
+        overlap = PlannerOptions(
             cell.controller if cell.controller in ("sync", "auto") else "threaded",
             "rtc" if cell.controller == "rtc" else "none",
-            "resume" if cell.controller == "resume" else "hold",
             None,
             cell.action_horizon,
         )
-        controller = ChunkController(late, binding, config.lang_instruction, clock, metadata.fps, overlap, VirtualWorker(clock))
+        planner = Planner(late, binding, config.lang_instruction, clock, metadata.fps, overlap, VirtualWorker(clock))
         if cell.controller == "auto":
-            controller.warm_up()
+            planner.warm_up()
         options = LoopOptions(metadata.fps, timeout_s=config.episode_s, seed=seed, camera_fault=None)  # pictures are drawn when looked at
-        loop = play_until(arm.over, _SOLVED, arm, controller, options, clock)
+        loop = play_until(arm.over, _SOLVED, arm, planner, options, clock)
         solved_s = None if arm.solved_s is None else round(arm.solved_s, 4)
         return Outcome(seed, solved_s, late.inferences, int(loop.trace.arrays()["underrun"].sum()))
 
@@ -464,9 +462,9 @@ def conditions_of(config: Config) -> dict[str, Any]:
 
 
 def seeds_of(config: Config) -> list[int]:
-    check_counts(config, "episodes", "jobs")
-    check_counts(config, "first_seed", "seed", "deadlines_s", least=0)
-    check_counts(config, "episode_s", least=0.5)
+    check_ranges(config, episodes=(1, math.inf), jobs=(1, math.inf))
+    check_ranges(config, **dict.fromkeys(("first_seed", "seed", "deadlines_s"), (0, math.inf)))
+    check_ranges(config, episode_s=(0.5, math.inf))
     count = config.episodes or (_EPISODES_FULL if config.full else _EPISODES)
     if config.first_seed > FIRST_LAYOUT_SEED - count:
         raise ConfigError(f"layouts are held out below seed {FIRST_LAYOUT_SEED}; got {count} from {config.first_seed} on.")

@@ -32,7 +32,7 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from any directory
 
 from benchmarks.lib.program import read_flags
-from gr00t_fast.measurement import provenance
+from gr00t_fast.base.measurement import provenance
 
 # --- what is promised of an H200 -----------------------------------------------------------------------------------------------------------
 

@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from benchmarks.lib import program
 from benchmarks.lib.latency import BRIDGE_MARGIN_TICKS, SYNC_MARGIN_S, needed_actions, parse_latency
+from gr00t_fast.base.errors import ConfigError, check_ranges
+from gr00t_fast.base.measurement import percentiles
 from gr00t_fast.cli.bench import seconds_of
-from gr00t_fast.errors import ConfigError
-from gr00t_fast.measurement import percentiles
 
 _ENOUGH_CALLS = 50  # with fewer, p99 is the maximum and little else
 _TRAINED_HORIZON = 16  # of SO-100 fine-tunes, N1.5's and N1.7's
@@ -68,7 +68,7 @@ def advise(p99_s: float, fps: float, actions_per_chunk: int) -> dict[str, Any]:
 
 
 def run(arguments: Config) -> dict[str, Any]:
-    program.check_counts(arguments, "rounds", least=_ENOUGH_CALLS)
+    check_ranges(arguments, rounds=(_ENOUGH_CALLS, math.inf))
     if arguments.latency_ms:
         delay = parse_latency(arguments.latency_ms)
         measured: dict[str, Any] = {"latency_ms": {f"p{percent}": 1000 * delay.at(percent / 100) for percent in (50, 95, 99)}}

@@ -14,6 +14,7 @@ call, is told in its row, the others are measured, and the exit code is 1.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -27,10 +28,11 @@ import numpy as np
 import torch
 
 from benchmarks.lib.policy_zoo import BUILDERS, JOINTS, Arm, Setting, observation_of
-from benchmarks.lib.program import Flags, check_counts, figure, finish, in_processes, markdown_table, provenance, read_flags, size_of
+from benchmarks.lib.program import Flags, figure, finish, in_processes, markdown_table, provenance, read_flags
+from gr00t_fast.base.errors import Gr00tFastError, check_ranges
+from gr00t_fast.base.flags import size_of
+from gr00t_fast.base.measurement import peak_rss_bytes, percentiles
 from gr00t_fast.engine import select_device, select_precision
-from gr00t_fast.errors import Gr00tFastError
-from gr00t_fast.measurement import peak_rss_bytes, percentiles
 
 CONTROL_HZ = 30.0
 Name = Literal["act", "diffusion", "diffusion_ddim", "smolvla", "gr00t"]
@@ -64,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(config: Config) -> dict[str, Any]:
-    check_counts(config, "rounds", "threads")
+    check_ranges(config, rounds=(1, math.inf), threads=(1, math.inf))
     device = select_device(config.device)
     cameras, dtype = ("front", "wrist")[: config.cameras], select_precision(config.precision, device)
     setting = Setting(config.published, cameras, size_of(config.resolution), device, dtype, config.out, config.seed)

@@ -12,7 +12,7 @@ import sys
 
 import numpy as np
 
-from gr00t_fast.errors import ServerUnreachableError
+from gr00t_fast.base.errors import ServerUnreachableError
 from gr00t_fast.serving import PolicyClient
 
 

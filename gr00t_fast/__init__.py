@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gr00t_fast.contracts import ActionChunk, Observation
-    from gr00t_fast.errors import Gr00tFastError
+    from gr00t_fast.base.contracts import ActionChunk, Observation
+    from gr00t_fast.base.errors import Gr00tFastError
     from gr00t_fast.inputs.data_config import DataConfig
     from gr00t_fast.policy import Gr00tPolicy, load_policy
 

@@ -20,9 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gr00t_fast.base.console import byte_bar
+from gr00t_fast.base.contracts import ActionPrefix, ModalityConfig, NetworkName, Policy, PolicyMetadata
+from gr00t_fast.base.errors import CheckpointError, ConfigError, EngineError, Gr00tFastError, ObservationError, UnsafeActionError
+from gr00t_fast.base.measurement import StageTimer
 from gr00t_fast.checkpoint import Checkpoint, load_model, open_checkpoint
-from gr00t_fast.console import byte_bar
-from gr00t_fast.contracts import ActionPrefix, ModalityConfig, NetworkName, Policy, PolicyMetadata
 from gr00t_fast.engine import (
     EXPORTED,
     PRECISIONS,
@@ -39,12 +41,10 @@ from gr00t_fast.engine import (
     warming_up,
 )
 from gr00t_fast.engine.manifest import Digests, Target, sha256_of_json, target_of
-from gr00t_fast.errors import CheckpointError, ConfigError, EngineError, Gr00tFastError, ObservationError, UnsafeActionError
 from gr00t_fast.inputs.data_config import DataConfig
 from gr00t_fast.inputs.embodiment import Embodiment
 from gr00t_fast.inputs.processor import Processor, Transform
 from gr00t_fast.inputs.prompt import find_tokenizer
-from gr00t_fast.measurement import StageTimer
 from gr00t_fast.model.config import ModelConfig
 
 _MAX_DENOISING_STEPS = 1000  # one per time bucket of training; more would repeat buckets

@@ -12,22 +12,56 @@ from typing import Any, NoReturn
 import numpy as np
 from control_fakes import FakeClock, FakePolicy, binding
 
-from gr00t_fast.contracts import SO100_JOINTS, LandingReport
-from gr00t_fast.control.controller import ChunkController, ControllerOptions
-from gr00t_fast.control.loop import ControlLoop, LoopOptions
+from gr00t_fast.base.contracts import SO100_JOINTS, LandingReport, Observation
+from gr00t_fast.base.errors import ArmAwayError, BusFault, MissedReadingError
+from gr00t_fast.control.loop import PATIENCE_S, ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import MonotonicClock
+from gr00t_fast.control.planner import Planner, PlannerOptions
 from gr00t_fast.robots import SO100FollowerConfig
+from gr00t_fast.robots.calibration import save_calibration, to_units
+from gr00t_fast.robots.feetech import Register
 from gr00t_fast.robots.so100 import SO100FollowerArm
-from gr00t_fast.robots.virtual_bus import Register, VirtualBus, save_calibration
-from gr00t_fast.robots.virtual_bus.servo import to_units
+from gr00t_fast.virtual import rendered_cameras
+from gr00t_fast.virtual.bus import VirtualBus
 
 OFF, ON = dict.fromkeys(SO100_JOINTS, 0), dict.fromkeys(SO100_JOINTS, 1)  # what `VirtualBus.torque` says
 
 
-def make_arm(bus: VirtualBus, directory: Path, **options: Any) -> SO100FollowerArm:
+class PatientArm(SO100FollowerArm):
+    """Looks again where an attempt fails in a way that may pass, as the control loop does."""
+
+    def observe(self, with_frames: bool = True) -> Observation:
+        return self._patiently(lambda: super(PatientArm, self).observe(with_frames))
+
+    def send(self, targets: np.ndarray) -> None:
+        """A goal that could not be sent is dropped; the next look finds the arm again."""
+        try:
+            super().send(targets)
+        except (ArmAwayError, MissedReadingError):
+            self.observe(False)
+
+    def _patiently(self, look: Callable[[], Observation]) -> Observation:
+        began_s, away_s, patience_s = time.monotonic(), np.inf, PATIENCE_S
+        while True:
+            try:
+                return look()
+            except MissedReadingError as error:
+                if time.monotonic() - began_s > PATIENCE_S:
+                    raise BusFault(str(error)) from error
+            except ArmAwayError as error:
+                away_s, patience_s = min(away_s, time.monotonic()), error.patience_s
+                if time.monotonic() - away_s > patience_s:
+                    raise BusFault(f"{error} It did not come back within {patience_s:g} s.") from error
+                began_s = time.monotonic()
+            self.check_stop()
+            time.sleep(1 / 30)
+
+
+def make_arm(bus: VirtualBus, directory: Path, kind: type[SO100FollowerArm] = SO100FollowerArm, **options: Any) -> SO100FollowerArm:
     """An arm whose calibration file agrees with the bus's servos; its other flags are the defaults that a user has, but for `options`."""
     save_calibration(bus.calibration, directory / "test.json")
-    return SO100FollowerArm(SO100FollowerConfig(**{"port": bus.port, "id": "test", "calibration_dir": directory, **options}))
+    config = {"port": bus.port, "id": "test", "calibration_dir": directory, **options}
+    return kind(SO100FollowerConfig(**config), rendered_cameras)
 
 
 @contextlib.contextmanager
@@ -35,7 +69,7 @@ def connected(directory: Path, bus: VirtualBus | None = None, engaged: bool = Tr
     """A bus (`bus`, which runs, or one of its own), and an arm on it that is connected and (`engaged`) switched on; landed at the end, and that is
     checked."""
     with contextlib.nullcontext(bus) if bus else VirtualBus() as bus:
-        arm = make_arm(bus, directory, **options)
+        arm = make_arm(bus, directory, PatientArm, **options)
         arm.connect()
         try:
             if engaged:
@@ -87,7 +121,7 @@ def real_time_loop(arm: SO100FollowerArm, controller: str, options: dict[str, An
     """A loop that drives the arm in real time, and its policy. options: LoopOptions; the rest: what a ControlLoop takes from `stop` on."""
     policy, clock = FakePolicy(FakeClock(), cameras=()), MonotonicClock()
     horizon = 8 if controller == "sync" else None
-    source = ChunkController(policy, binding({}), "go", clock, 30.0, ControllerOptions(controller, max_hold_s=0.5, action_horizon=horizon))
+    source = Planner(policy, binding({}), "go", clock, 30.0, PlannerOptions(controller, max_hold_s=0.5, action_horizon=horizon))
     source.warm_up()
     return ControlLoop(arm, source, LoopOptions(30.0, **options), clock, *rest, **named), policy
 

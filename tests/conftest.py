@@ -16,7 +16,7 @@ import pytest
 if TYPE_CHECKING:
     from exports import Made
 
-    from gr00t_fast.robots.virtual_bus import VirtualBus
+    from gr00t_fast.virtual.bus import VirtualBus
 
 ROOT = Path(__file__).parent.parent
 
@@ -76,7 +76,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def bus() -> Iterator[VirtualBus]:
     """A virtual servo bus that runs."""
-    from gr00t_fast.robots.virtual_bus import VirtualBus
+    from gr00t_fast.virtual.bus import VirtualBus
 
     with VirtualBus() as bus:
         yield bus

@@ -8,11 +8,21 @@ from typing import Any
 import numpy as np
 
 from benchmarks.lib.latency import VirtualWorker
-from gr00t_fast.contracts import SO100_JOINTS, CameraSpec, Clock, LandingReport, ModalityConfig, Observation, PartStatistics, Policy, PolicyMetadata
+from gr00t_fast.base.contracts import (
+    SO100_JOINTS,
+    CameraSpec,
+    Clock,
+    LandingReport,
+    ModalityConfig,
+    Observation,
+    PartStatistics,
+    Policy,
+    PolicyMetadata,
+)
 from gr00t_fast.control.binding import RobotBinding
-from gr00t_fast.control.controller import ChunkController, ControllerOptions, ThreadWorker, Worker
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import StopSignals
+from gr00t_fast.control.planner import Planner, PlannerOptions, ThreadWorker, Worker
 
 LIMITS = np.array([[-110.0, 110.0]] * 5 + [[0.0, 100.0]])
 TICK_S = 1 / 30
@@ -178,7 +188,7 @@ class Bench:
         policy_horizon: int = 16,
         worker: Worker | None = None,
         recoverable: tuple = (),
-        control: ControllerOptions | None = None,
+        control: PlannerOptions | None = None,
         clock: Clock | None = None,
         **options: object,
     ) -> None:
@@ -188,13 +198,11 @@ class Bench:
         self.policy = FakePolicy(self.clock, inference_s, policy_horizon)
         self.said: list[str] = []
         self.stop = StopSignals()
-        fps, control = options.pop("fps", 30.0), control or ControllerOptions("sync", action_horizon=horizon)
+        fps, control = options.pop("fps", 30.0), control or PlannerOptions("sync", action_horizon=horizon)
         worker = worker or (VirtualWorker(self.clock) if clock is None else ThreadWorker())
         clock = clock or self.clock
-        self.controller = ChunkController(self.policy, binding(), "pick: the cube", clock, fps, control, worker, recoverable, echo=self.said.append)
-        self.loop = ControlLoop(
-            self.robot, self.controller, LoopOptions(fps, **{"timeout_s": 1.0, **options}), clock, self.stop, echo=self.said.append
-        )
+        self.planner = Planner(self.policy, binding(), "pick: the cube", clock, fps, control, worker, recoverable, echo=self.said.append)
+        self.loop = ControlLoop(self.robot, self.planner, LoopOptions(fps, **{"timeout_s": 1.0, **options}), clock, self.stop, echo=self.said.append)
 
     def sent(self) -> np.ndarray:
         return np.array([targets for _, targets in self.robot.sent])

@@ -25,10 +25,10 @@ import numpy as np
 import scservo_sdk  # noqa: F401
 from control_fakes import FakeClock, FakePolicy, modality_config
 
+from gr00t_fast.base.contracts import Robot
 from gr00t_fast.cli import replay
 from gr00t_fast.cli import run as run_command
 from gr00t_fast.cli.main import Command
-from gr00t_fast.contracts import Robot
 
 REACHED = np.array([25.0, -45.0, 20.0, 45.0, -60.0, 40.0])
 STEP = 1.5  # degrees a row: 45 a second

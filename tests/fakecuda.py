@@ -159,9 +159,9 @@ def published_network(version: str, short: bool = False) -> Any:
     """bf16, on the device, with the published vocabulary. Its weights are whatever lies there: nothing is computed."""
     import torch
 
-    from benchmarks.lib.random_checkpoint import network_config
     from gr00t_fast.model import Gr00t
     from gr00t_fast.networks import n1d5, n1d6, n1d7
+    from gr00t_fast.virtual.random_checkpoint import network_config
 
     config, backbone = network_config("full", True, version)
     head, last = (config["action_head_cfg"], config["backbone_cfg"]) if version == "n1.5" else (config, config)
@@ -183,8 +183,8 @@ def call(engine: Any, case: Case, seed: int = 0) -> Any:
     import numpy as np
     import torch
 
+    from gr00t_fast.base.measurement import StageTimer
     from gr00t_fast.engine import Continuation, PolicyInputs
-    from gr00t_fast.measurement import StageTimer
 
     usual = {"n1.5": ((480, 640), 256), "n1.6": ((252, 336), 108), "n1.7": ((256, 256), 64)}
     size, tokens = ((256, 352), 88) if case.wide else usual[case.network]

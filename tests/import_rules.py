@@ -1,7 +1,7 @@
 """The import arrow as functions over source text, so that the rules can be tried on samples as well as on the repository.
 
-A *unit* is what the arrow is drawn between: a package or module directly under gr00t_fast (`control`, `errors`), a top-level package
-(`benchmarks`), or a script at the root. Imports inside functions and under TYPE_CHECKING count like any other.
+A *unit* is what the arrow is drawn between: a package or module directly under gr00t_fast (`control`, `policy`), `benchmarks`, `training`, or
+another script. Imports inside functions and under TYPE_CHECKING count like any other.
 """
 
 from __future__ import annotations
@@ -10,12 +10,18 @@ import ast
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-BASE = ("errors", "contracts", "flags", "measurement", "console", "files")
 SCRIPT = "a script"
-PROGRAMS = ("cli", "export", SCRIPT)
-LAYERS = (BASE, ("model",), ("inputs",), ("networks",), ("checkpoint",), ("engine",), ("policy",), ("serving", "control", "robots"), PROGRAMS)
+PROGRAMS = ("benchmarks", "training", SCRIPT)
+LAYERS = (
+    *(("base",), ("model",), ("inputs",), ("networks",), ("checkpoint",), ("engine",), ("policy",)),
+    *(("export", "serving", "control", "robots"), ("virtual", "record"), ("evaluation",), ("cli",), PROGRAMS),
+)
 # Narrower than the layers: the only units of this project that these may import, besides themselves.
-ONLY = {"model": (), "control": BASE, "robots": BASE, "serving": (*BASE, "policy", "checkpoint", "inputs")}
+ONLY = {
+    **{"model": (), "control": ("base",), "robots": ("base",), "record": ("base", "control")},
+    "serving": ("base", "policy", "checkpoint", "inputs"),
+    "virtual": ("base", "robots", "model", "networks", "inputs"),
+}
 OUTSIDE = ("benchmarks", "examples", "export", "scripts", "training")
 
 Sources = Mapping[str, str]  # module name -> source
@@ -31,6 +37,8 @@ def read_sources(root: Path) -> dict[str, str]:
 def unit_of(module: str) -> str:
     """`gr00t_fast.control.loop` -> `control`; the facade `gr00t_fast` itself stands for `policy`; programs outside and `__main__`s are scripts."""
     top, *rest = module.split(".")
+    if top in PROGRAMS:
+        return top
     if top != "gr00t_fast" or rest[-1:] == ["__main__"]:
         return SCRIPT
     return rest[0] if rest else "policy"
@@ -74,7 +82,7 @@ def _against_arrow(module: str, target: str, sources: Sources) -> str | None:
     here_rank, there_rank = rank[here], rank[there]
     if there_rank > here_rank:
         return f"'{there}' is above '{here}'"
-    if there_rank == here_rank and here not in (*BASE, *PROGRAMS):
+    if there_rank == here_rank and SCRIPT not in (here, there):
         return f"'{here}' and '{there}' are of one layer"
     if here in ONLY and there not in ONLY[here]:
         return f"'{here}' may import only {', '.join(ONLY[here])}"

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.lib import random_checkpoint as rc
-from benchmarks.lib.random_checkpoint import write_json
 from gr00t_fast.checkpoint import load_model, open_checkpoint
 from gr00t_fast.inputs.data_config import DATA_CONFIGS
 from gr00t_fast.model import Gr00t, ModelInputs
 from gr00t_fast.model.config import ModelConfig
 from gr00t_fast.networks import n1d5, n1d7
 from gr00t_fast.networks.n1d7 import BACKBONE_FILE
+from gr00t_fast.virtual import random_checkpoint as rc
+from gr00t_fast.virtual.random_checkpoint import write_json
 
 PICTURE = (64, 48)  # width and height of the imagined training videos
 

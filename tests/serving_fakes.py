@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from control_fakes import policy_metadata
 
-from gr00t_fast.contracts import ActionPrefix, ModalityConfig, Policy
+from gr00t_fast.base.contracts import ActionPrefix, ModalityConfig, Policy
 from gr00t_fast.inputs.data_config import load_data_config
 from gr00t_fast.inputs.observation import parse_observation
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gr00t_fast import load_policy
+from gr00t_fast.base.errors import CheckpointError, ConfigError
 from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.engine.manifest import Digests, target_of
-from gr00t_fast.errors import CheckpointError, ConfigError
 
 DIT = "action_head.model.transformer_blocks"
 QUERY, KEY, VALUE, OWN = f"{DIT}.0.attn1.to_q", f"{DIT}.0.attn1.to_k", f"{DIT}.0.attn1.to_v", f"{DIT}.1.attn1.to_q"

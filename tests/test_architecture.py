@@ -13,7 +13,7 @@ from unittest.mock import MagicMock
 import import_rules as rules
 import pytest
 
-from gr00t_fast import errors
+from gr00t_fast.base import errors
 
 ROOT = Path(__file__).parent.parent
 OPTIONAL = (
@@ -42,7 +42,7 @@ def sources() -> dict[str, str]:
 def test_imports_follow_the_arrow(sources: dict[str, str]) -> None:
     assert rules.arrow_violations(sources) == []
     against = "from gr00t_fast.control.loop import ControlLoop\ndef f():\n    from gr00t_fast.robots import RobotConfig"
-    wrong = dict.fromkeys(("gr00t_fast.model.layers", "gr00t_fast.control.report", "gr00t_fast.robots.bus"), against)
+    wrong = dict.fromkeys(("gr00t_fast.model.layers", "gr00t_fast.record.report", "gr00t_fast.robots.bus"), against)
     assert len(rules.arrow_violations(dict.fromkeys(sources, "") | wrong)) == 4, "the rule refuses what it should"
 
 
@@ -101,7 +101,7 @@ def note(event, arguments):
         print("AUDIT", event, arguments, flush=True)
         raise OSError("not allowed here")
 sys.addaudithook(note)
-from gr00t_fast.errors import require
+from gr00t_fast.base.errors import require
 require("openvino", "openvino").Core().available_devices
 from openvino.tools import ovc
 time.sleep(0.5)
@@ -142,16 +142,20 @@ def test_openvino_posts_nothing_and_writes_no_client_id(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("lerobot", "python", "pins"),
-    [("0.4.4", (3, 12), "constraints.txt"), ("0.6.1", (3, 12), "constraints-py312.txt"), (None, (3, 11), "constraints.txt")],
+    [
+        ("0.4.4", (3, 12), "requirements/constraints.txt"),
+        ("0.6.1", (3, 12), "requirements/constraints-py312.txt"),
+        (None, (3, 11), "requirements/constraints.txt"),
+    ],
 )
 def test_the_advice_fits_this_environment(lerobot: str | None, python: tuple[int, int], pins: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With constraints.txt lerobot 0.6.1's own packages are taken back to versions that it does not start with."""
+    """With requirements/constraints.txt lerobot 0.6.1's own packages are taken back to versions that it does not start with."""
     missing = importlib.metadata.PackageNotFoundError()
     monkeypatch.setattr(importlib.metadata, "version", MagicMock(return_value=lerobot, side_effect=None if lerobot else missing))
     monkeypatch.setattr(sys, "version_info", python)
     assert errors.install_command("sim").startswith(f"pip install -e '.[sim]' -c {pins} ")
     assert "\nlerobot==" in (ROOT / pins).read_text()
-    assert ("-c constraints.txt (" in (advice := errors.install_command("bench"))) is True
+    assert ("-c requirements/constraints.txt (" in (advice := errors.install_command("bench"))) is True
     assert ("Python 3.11" in advice) == (lerobot == "0.6.1")
     monkeypatch.setattr(errors, "_ROOT", ROOT / "tests")  # as of a wheel, beside which no pins lie
     assert errors.install_command("sim") == "pip install 'gr00t_fast[sim]'"

@@ -9,10 +9,10 @@ import pytest
 import torch
 from random_networks import Sizes, observation, write_network
 
-from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from gr00t_fast import Gr00tPolicy, load_policy
-from gr00t_fast.contracts import ActionPrefix
-from gr00t_fast.errors import ConfigError, ObservationError
+from gr00t_fast.base.contracts import ActionPrefix
+from gr00t_fast.base.errors import ConfigError, ObservationError
+from gr00t_fast.virtual.random_checkpoint import write_random_checkpoint
 
 UNEQUAL = ["pick", "put the red block into the bowl, then wave", "pick it up", "x"]
 EQUAL = ["pick a", "pick b", "pick c", "pick d"]

@@ -11,11 +11,11 @@ import pytest
 from exports import FEW, Made
 from random_networks import observation
 
-from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from gr00t_fast import Gr00tPolicy, load_policy
+from gr00t_fast.base.contracts import ActionPrefix
+from gr00t_fast.base.errors import EngineError
 from gr00t_fast.cli import export
-from gr00t_fast.contracts import ActionPrefix
-from gr00t_fast.errors import EngineError
+from gr00t_fast.virtual.random_checkpoint import write_random_checkpoint
 
 SENTENCE = "put the red block into the bowl"
 

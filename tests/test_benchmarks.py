@@ -16,12 +16,12 @@ import torch
 
 from benchmarks import bench_engines, bench_policy, inference_profiler
 from benchmarks.lib.program import PolicyFlags, in_processes, read_flags
-from benchmarks.lib.random_checkpoint import network_config
 from benchmarks.lib.reference import REFERENCE_HEAD
 from benchmarks.lib.work import Ceilings, stage_work
-from gr00t_fast.measurement import without_machine_paths
+from gr00t_fast.base.measurement import without_machine_paths
 from gr00t_fast.model import Gr00t
 from gr00t_fast.networks import n1d5, n1d6, n1d7
+from gr00t_fast.virtual.random_checkpoint import network_config
 
 
 @dataclass

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from control_fakes import modality_config
 
-from gr00t_fast.contracts import SO100_JOINTS, ModalityConfig, Observation
+from gr00t_fast.base.contracts import SO100_JOINTS, ModalityConfig, Observation
+from gr00t_fast.base.errors import PreflightError, UnsafeActionError
 from gr00t_fast.control.binding import RobotBinding, joints_of_parts, resolve_camera_map
-from gr00t_fast.errors import PreflightError, UnsafeActionError
 
 WIDTHS = {"single_arm": 5, "gripper": 1}
 

@@ -19,8 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gr00t_fast.robots.virtual_bus import Register
-from gr00t_fast.robots.virtual_bus.protocol import sync_read
+from gr00t_fast.robots.feetech import Register, sync_read
 
 READS = int(os.environ.get("GR00T_FAST_BUS_READS", "0"))  # 0: the short form, on this machine as it is
 ANSWER_BYTES = 6 * 8

@@ -34,8 +34,8 @@ def recordings(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def _recorded(directory: Path, seeds: range) -> Path:
     """Episodes of the scripted expert, every third tick."""
-    from gr00t_fast.robots.sim.expert import expert
-    from gr00t_fast.robots.sim.simulation import TICK_S, Simulation
+    from gr00t_fast.virtual.sim.expert import expert
+    from gr00t_fast.virtual.sim.simulation import TICK_S, Simulation
 
     directory.mkdir()
     simulation = Simulation("reach", 0)

@@ -16,14 +16,15 @@ import numpy as np
 import pytest
 from arm_bench import connected
 
+from gr00t_fast.base.errors import CameraError, ConfigError, RobotError
+from gr00t_fast.base.flags import parse_flags, settings_of
 from gr00t_fast.cli.main import main
 from gr00t_fast.cli.run import RunConfig
-from gr00t_fast.errors import CameraError, ConfigError, RobotError
-from gr00t_fast.flags import parse_flags, settings_of
 from gr00t_fast.robots import RobotConfig
+from gr00t_fast.robots.calibration import save_calibration
 from gr00t_fast.robots.lerobot_glue import newest_frame
 from gr00t_fast.robots.so100 import SO100FollowerArm
-from gr00t_fast.robots.virtual_bus import VirtualBus, save_calibration
+from gr00t_fast.virtual.bus import VirtualBus
 
 pytest.importorskip("lerobot", reason="needs `pip install 'gr00t_fast[robot]'`")
 zmq = pytest.importorskip("zmq", reason="needs `pip install 'gr00t_fast[serving]'`")

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from control_fakes import TICK_S, Bench
 
-from gr00t_fast.contracts import Observation
+from gr00t_fast.base.contracts import Observation
+from gr00t_fast.base.errors import RobotError
 from gr00t_fast.control.camera_watch import CameraWatch
-from gr00t_fast.errors import RobotError
 
 RNG = np.random.default_rng(0)
 Y, X = np.mgrid[:240, :320]

@@ -13,8 +13,8 @@ import torch
 from random_networks import load_network, write_network
 from safetensors.torch import load_file, save_file
 
+from gr00t_fast.base.errors import CheckpointError
 from gr00t_fast.checkpoint import open_checkpoint
-from gr00t_fast.errors import CheckpointError
 from gr00t_fast.networks.n1d5 import EMBODIMENT_ROWS
 
 WEIGHTS = "model.safetensors"

@@ -11,8 +11,8 @@ import pytest
 from random_networks import edit_json, load_network, observation
 
 from gr00t_fast import load_policy
+from gr00t_fast.base.errors import CheckpointError, ConfigError
 from gr00t_fast.checkpoint import open_checkpoint, read_policy_metadata
-from gr00t_fast.errors import CheckpointError, ConfigError
 from gr00t_fast.inputs.data_config import DATA_CONFIGS
 from gr00t_fast.serving.wire import metadata_to_message
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from gr00t_fast.base.flags import flags_of
 from gr00t_fast.cli import export, shared_flags
 from gr00t_fast.cli.main import COMMANDS, command, main
 from gr00t_fast.cli.run import parse, settings_of
-from gr00t_fast.flags import flags_of
 
 ROOT = Path(__file__).parent.parent
 TRAINED = ROOT / "checkpoints" / "so100-sim-reach"

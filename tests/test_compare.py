@@ -11,8 +11,8 @@ import pytest
 from control_fakes import Bench
 
 from gr00t_fast.cli.main import main
-from gr00t_fast.control.controller import ControllerOptions
-from gr00t_fast.control.report import build_report, contents, write_files
+from gr00t_fast.control.planner import PlannerOptions
+from gr00t_fast.record.report import build_report, contents, write_files
 
 JERK = "jerk of commands, rms (units/s^3)"
 
@@ -59,7 +59,7 @@ def test_figures_and_settings_that_differ(runs: list[str], compare) -> None:
     assert figures["timing"]["missed ticks"] == [0, 0]
     assert figures["timing"]["ticks waiting for inference"][0] == reports[0]["pacing"]["waiting_for_inference_ticks"] > 0
     assert figures["safety"]["speed-limited steps"] == [sum(report["safety"]["speed_limited"].values()) for report in reports]
-    assert figures["motion"]["largest step (units/tick)"] == pytest.approx([1.0, 3.0])
+    assert figures["motion"]["largest step (units/tick)"] == pytest.approx([1.0, 5.0])
     smooth, rough = figures["motion"][JERK]
     assert rough > 3 * smooth
     assert "missed ticks" in err, "the table goes to standard error"
@@ -68,7 +68,7 @@ def test_figures_and_settings_that_differ(runs: list[str], compare) -> None:
 
 def test_what_auto_chose_is_a_setting(tmp_path: Path, compare) -> None:
     for name, mode in (("sync", "sync"), ("threaded", "threaded"), ("again", "sync")):
-        recorded(tmp_path / name, Bench(inference_s=0.1, timeout_s=1.0, control=ControllerOptions(mode)), controller="auto")
+        recorded(tmp_path / name, Bench(inference_s=0.1, timeout_s=1.0, control=PlannerOptions(mode)), controller="auto")
     found = json.loads(compare(tmp_path / "sync", tmp_path / "threaded", "--json")[1])
     assert found["settings"] == {"controller": ["auto, sync", "auto, threaded"]}
     assert json.loads(compare(tmp_path / "sync", tmp_path / "again", "--json")[1])["settings"] == {}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from gr00t_fast.console import Console
+from gr00t_fast.base.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
 # The whole program with a fake arm and policy in real time, one line of output per tick and more than any pipe holds.

@@ -24,12 +24,9 @@ def test_a_run_shows_what_each_architecture_costs(tmp_path: Path) -> None:
         assert floor["mae_aligned"] < threaded["mae_aligned"]
         assert threaded["frozen_ticks"] == 0, "a chunk that lasts twice the delay bridges it"
         assert sync["frozen_ticks"] > 35
-        short, resumed = rows[scene, "threaded", "800 ms", 50], rows[scene, "threaded_resume", "800 ms", 50]
-        assert short["never_played_s"] > 0.5
-        assert resumed["frozen_ticks"] > 0
+        assert rows[scene, "threaded", "800 ms", 50]["never_played_s"] > 0.5
         assert rows[scene, "naive_async", "800 ms", 50]["went_back_s"] > 0
     assert rows["moving", "threaded", "800 ms", 100]["mae_raw"] < rows["moving", "sync", "800 ms", 100]["mae_raw"]
-    assert rows["still", "threaded_resume", "800 ms", 50]["never_played_s"] == 0
     assert rows["still", "sync", "800 ms", 50]["duration_s"] > rows["still", "sync", "0 ms", 50]["duration_s"] + 2
     assert rows["moving", "sync", "0 ms", 50]["tracking_delay_s"] == pytest.approx(0.06, abs=0.03), "the arm's own lag"
     table = (tmp_path / "control_architectures.md").read_text()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gr00t_fast.errors import ConfigError
+from gr00t_fast.base.errors import ConfigError
 from gr00t_fast.inputs.data_config import DATA_CONFIGS, DataConfig, load_data_config
 
 

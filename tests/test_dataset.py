@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from random_networks import PICTURE, write_network
 
+from gr00t_fast.base.contracts import PolicyMetadata
+from gr00t_fast.base.errors import ConfigError
 from gr00t_fast.checkpoint import read_policy_metadata
-from gr00t_fast.contracts import PolicyMetadata
-from gr00t_fast.errors import ConfigError
 from gr00t_fast.inputs.data_config import DATA_CONFIGS
 from gr00t_fast.inputs.dataset import MIN_EPISODES, draw, open_frames, read
 

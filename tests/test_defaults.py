@@ -33,9 +33,9 @@ from arm_bench import OFF, ON
 from waiting import PATIENCE_S, until
 from watched_bus import Sample, started
 
-from gr00t_fast.contracts import SO100_JOINTS, Observation
-from gr00t_fast.control.recorder import DatasetRecorder
-from gr00t_fast.errors import ConfigError
+from gr00t_fast.base.contracts import SO100_JOINTS, Observation
+from gr00t_fast.base.errors import ConfigError
+from gr00t_fast.record.recorder import DatasetRecorder
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="signals and processes as on Linux")
 

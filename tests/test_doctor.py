@@ -19,12 +19,13 @@ import torch
 import virtual_camera
 from exports import target_for
 
+from gr00t_fast.base.contracts import SO100_JOINTS
 from gr00t_fast.cli.main import main
-from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.engine.manifest import STAGES, Digests, Manifest, describe_files
+from gr00t_fast.robots.calibration import JointCalibration, save_calibration
+from gr00t_fast.robots.feetech import Register
 from gr00t_fast.robots.lerobot_glue import readings
-from gr00t_fast.robots.virtual_bus import VirtualBus, save_calibration
-from gr00t_fast.robots.virtual_bus.servo import JointCalibration, Register
+from gr00t_fast.virtual.bus import VirtualBus
 
 ROOT = Path(__file__).parent.parent
 TRAINED = ROOT / "checkpoints" / "so100-sim-reach"

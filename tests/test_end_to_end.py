@@ -23,9 +23,9 @@ import pytest
 import virtual_camera
 from safetensors.torch import load_file, save_file
 
-from benchmarks.lib.random_checkpoint import write_random_checkpoint
-from gr00t_fast.contracts import SO100_JOINTS
-from gr00t_fast.robots.virtual_bus.bus import send_command
+from gr00t_fast.base.contracts import SO100_JOINTS
+from gr00t_fast.virtual.bus.bus import send_command
+from gr00t_fast.virtual.random_checkpoint import write_random_checkpoint
 
 pytest.importorskip("lerobot")
 pytestmark = pytest.mark.skipif(virtual_camera.compiler() is None, reason="needs a C compiler for the virtual camera (apt install gcc)")

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gr00t_fast.base.errors import ConfigError
 from gr00t_fast.checkpoint import read_policy_metadata
 from gr00t_fast.cli import eval as program
 from gr00t_fast.cli.eval import CAMERAS, FINE, MODEL, RATE, TIMING, UNITS, Chunk, Episode, Finding, Recorded, judge
-from gr00t_fast.errors import ConfigError
 from gr00t_fast.inputs.data_config import DATA_CONFIGS
 from gr00t_fast.inputs.dataset import LeRobotFrames
 

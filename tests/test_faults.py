@@ -21,16 +21,16 @@ from waiting import until
 pytest.importorskip("lerobot")
 pytest.importorskip("scservo_sdk")
 
-from arm_bench import OFF, ON, assert_landed, connected, make_arm, raising, true_joints
+from arm_bench import OFF, ON, PatientArm, assert_landed, connected, make_arm, raising, true_joints
 
-from gr00t_fast.contracts import MotorLoads
-from gr00t_fast.errors import RobotError
+from gr00t_fast.base.contracts import MotorLoads
+from gr00t_fast.base.errors import RobotError
 from gr00t_fast.robots import motor_state
 from gr00t_fast.robots.bus import ServoState
+from gr00t_fast.robots.feetech import Instruction, Register, Request
 from gr00t_fast.robots.motor_state import SELDOM_AFTER
 from gr00t_fast.robots.so100 import SO100FollowerArm
-from gr00t_fast.robots.virtual_bus import Register, Servo, VirtualBus
-from gr00t_fast.robots.virtual_bus.protocol import Instruction, Request
+from gr00t_fast.virtual.bus import Servo, VirtualBus
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the checks of open descriptors need Linux")
 
@@ -77,7 +77,7 @@ TABLE = {
 def test_fault(name: str, tmp_path: Path) -> None:
     row = TABLE[name]
     with VirtualBus(seed=3) as bus:
-        arm = make_arm(bus, tmp_path, reconnect_s=0.6, connect_attempts=1 if row.says else 2)
+        arm = make_arm(bus, tmp_path, PatientArm, reconnect_s=0.6, connect_attempts=1 if row.says else 2)
         if row.when == "connect":
             bus.inject(row.fault)
         with pytest.raises(RobotError, match=row.says) if row.says else contextlib.nullcontext():
@@ -241,7 +241,7 @@ def test_a_port_that_opens_and_cannot_be_read_is_given_up(tmp_path: Path, monkey
 
 
 def test_a_port_that_another_program_has_taken_meanwhile_is_left_to_it(bus: VirtualBus, tmp_path: Path) -> None:
-    arm = make_arm(bus, tmp_path)
+    arm = make_arm(bus, tmp_path, PatientArm)
     arm.connect()
     arm.reset()
     bus.unplug()

@@ -14,14 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gr00t_fast.base.contracts import SO100_JOINTS
+from gr00t_fast.base.errors import ConfigError, RobotError
 from gr00t_fast.cli import bus as bus_command
 from gr00t_fast.cli import run
-from gr00t_fast.contracts import SO100_JOINTS
-from gr00t_fast.errors import ConfigError, RobotError
-from gr00t_fast.robots.virtual_bus import Fault, Register, Servo, VirtualBus, default_calibration, faults, load_calibration, save_calibration
-from gr00t_fast.robots.virtual_bus import protocol as p
-from gr00t_fast.robots.virtual_bus.bus import send_command
-from gr00t_fast.robots.virtual_bus.servo import HALF_RANGE_DEG
+from gr00t_fast.robots import feetech as p
+from gr00t_fast.robots.calibration import HALF_RANGE_DEG, default_calibration, load_calibration, save_calibration
+from gr00t_fast.robots.feetech import Register
+from gr00t_fast.virtual.bus import Fault, Servo, VirtualBus, faults
+from gr00t_fast.virtual.bus.bus import send_command
 
 # The protocol, and one servo
 
@@ -63,7 +64,7 @@ def test_what_a_servo_keeps_refuses_and_centres() -> None:
 
 
 def test_the_ranges_are_those_of_the_simulated_arm() -> None:
-    scene = pytest.importorskip("gr00t_fast.robots.sim.scene")
+    scene = pytest.importorskip("gr00t_fast.virtual.sim.scene")
     np.testing.assert_array_equal(scene.LIMITS_DEG[:-1, 1], [HALF_RANGE_DEG[joint] for joint in SO100_JOINTS[:-1]])
 
 
@@ -184,7 +185,7 @@ def test_a_program_of_its_own_is_driven_and_steered_and_a_second_leaves_it_alone
         (typed,) = [shlex.split(line) for line in words if "gr00t-fast run" in line]
         config = run.parse(typed[2:])
         assert (config.robot.port, config.robot.id, list(config.robot.cameras)) == (str(link), "virtual", ["webcam"])
-        (make,) = [shlex.split(line) for line in words if "random_checkpoint" in line]
+        (make,) = [shlex.split(line) for line in words if "random-checkpoint" in line]
         assert f"--out={config.model_path}" in make
         robot = follower(link, tmp_path / "cal", "virtual")
         assert [joint["torque"] for joint in send_command(control, "state")["ok"]["joints"].values()] == [1] * 6

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from gr00t_fast.errors import ConfigError
-from gr00t_fast.files import atomic_write, is_running, whole_directory
+from gr00t_fast.base.errors import ConfigError
+from gr00t_fast.base.files import atomic_write, is_running, whole_directory
 
 
 def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path: Path) -> None:

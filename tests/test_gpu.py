@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from gr00t_fast.policy import Gr00tPolicy, load_policy
+from gr00t_fast.virtual.random_checkpoint import write_random_checkpoint
 
 pytestmark = pytest.mark.gpu
 

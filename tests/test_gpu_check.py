@@ -12,8 +12,8 @@ import pytest
 from benchmarks import gpu_check
 from benchmarks.bench_engines import BenchEnginesConfig
 from benchmarks.gpu_check import Outcome, Part, parts_of, run_part
+from gr00t_fast.base.flags import parse_flags
 from gr00t_fast.cli import export
-from gr00t_fast.flags import parse_flags
 
 ROOT = Path(__file__).parent.parent
 ORIGIN = {"machine": {"gpu": "some GPU"}, "versions": {"torch": "2.10.0"}}

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.lib.random_checkpoint import write_random_checkpoint
-from gr00t_fast.contracts import ActionPrefix
-from gr00t_fast.measurement import StageTimer
+from gr00t_fast.base.contracts import ActionPrefix
+from gr00t_fast.base.measurement import StageTimer
 from gr00t_fast.policy import Gr00tPolicy, load_policy
+from gr00t_fast.virtual.random_checkpoint import write_random_checkpoint
 
 pytestmark = pytest.mark.gpu
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.lib.random_checkpoint import write_random_checkpoint
+from gr00t_fast.base.contracts import ActionPrefix
 from gr00t_fast.checkpoint import open_checkpoint
-from gr00t_fast.contracts import ActionPrefix
 from gr00t_fast.engine import tensorrt_library as library
 from gr00t_fast.engine.manifest import target_of
 from gr00t_fast.export import BuildOptions, OnnxOptions
 from gr00t_fast.export.tensorrt import build_engines, rtx_capabilities
 from gr00t_fast.policy import Gr00tPolicy, load_policy
+from gr00t_fast.virtual.random_checkpoint import write_random_checkpoint
 
 pytestmark = pytest.mark.gpu
 TOLERANCE = 0.05  # of the displacement: 16-bit against fp32, as in test_gpu.py

@@ -19,16 +19,16 @@ import torch
 from exports import inputs_for
 from random_networks import Sizes, cast, load_network, observation, random_inputs, write_network, write_network_n1d7
 
-from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from gr00t_fast import Gr00tPolicy, load_policy
-from gr00t_fast.contracts import ActionPrefix
+from gr00t_fast.base.contracts import ActionPrefix
+from gr00t_fast.base.errors import ConfigError
+from gr00t_fast.base.measurement import StageTimer
 from gr00t_fast.engine import make_engine
 from gr00t_fast.engine.cuda_graph import GraphEngine, check_compiler, compiled, cuda_graph_engine
 from gr00t_fast.engine.eager import EagerEngine
 from gr00t_fast.engine.fused import FusedModel, Stages, fused_model
-from gr00t_fast.errors import ConfigError
-from gr00t_fast.measurement import StageTimer
 from gr00t_fast.model import Gr00t
+from gr00t_fast.virtual.random_checkpoint import write_random_checkpoint
 
 SIZES = Sizes(language=(48, 96, 2, 4, 2, 16), vl=(2, 4, 12), dit=(3, 4, 12), vision=(32, 64, 2, 2))
 CLOSE_DEG = 2e-3  # fp32 in another order of operations; joint ranges are near 100 degrees

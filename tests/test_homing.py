@@ -14,11 +14,11 @@ import pytest
 from arm_bench import raising
 from control_fakes import LIMITS, Bench
 
+from gr00t_fast.base.contracts import SO100_JOINTS
+from gr00t_fast.base.errors import ArmAwayError, BusFault, CameraError, ConfigError, PreflightError, RobotError
 from gr00t_fast.cli import run
-from gr00t_fast.contracts import SO100_JOINTS
-from gr00t_fast.control.limits import DEFAULT_MAX_SPEED_DEG_S, Poses, SafetyFilter, SafetyOptions
+from gr00t_fast.control.limits import DEFAULT_MAX_SPEED_DEG_S, Limits, Poses, SafetyOptions
 from gr00t_fast.control.pacer import FURTHER_AFTER_S
-from gr00t_fast.errors import BusFault, CameraError, ConfigError, PreflightError, RobotError
 from gr00t_fast.inputs.dataset import read_recordings
 
 HOME, REST = (10.0, -60.0, 45.0, 20.0, 0.0, 30.0), (0.0, -90.0, 85.0, 60.0, 0.0, 5.0)
@@ -48,7 +48,7 @@ def test_the_arm_is_at_home_before_the_first_look_of_the_network_and_between_epi
     holds = next(index for index, line in enumerate(run.said) if "put things back" in line)
     assert len(back) == 2, "before each episode; the second move comes before the pause"
     assert back[1] < holds
-    assert len(run.loop.trace) == 60, "the episodes have their whole time, and the report their ticks alone"
+    assert len(run.loop.trace) == 56, "the episodes have their whole time, and the report their ticks alone"
     assert run.robot.calls == ["connect", "reset", "reset", "land"]
     assert run.robot.beats > 120
 
@@ -79,6 +79,18 @@ def once(run: Bench, error: Exception):
     return hook
 
 
+def cable_out(run: Bench, seconds: float) -> None:
+    """From the goal that is sent now on."""
+    back_s = run.clock.now_s() + seconds
+
+    def away() -> None:
+        if run.clock.now_s() < back_s:
+            raise ArmAwayError("the port is lost.", 5.0)
+
+    run.robot.on_send = run.robot.on_observe = away
+    away()
+
+
 FULL = type("Full", (), {"see": raising(OSError(28, "No space left on device"))})
 ENDS = {  # after so many targets, of which the episode has 30; what happens; raised
     "a key": (10, lambda run: run.stop.request("Esc"), None),
@@ -93,11 +105,8 @@ ENDS = {  # after so many targets, of which the episode has 30; what happens; ra
     "a full disk": (10, lambda run: setattr(run.loop, "observers", [FULL()]), OSError),
     "a terminal that is gone": (10, terminal_closes, None),
     "suspended on its way": (40, lambda run: setattr(run.clock, "asleep_s", 60.0), None),
-    "a cable out on its way": (
-        35,
-        lambda run: (run.clock.advance(30.0), run.robot.events.update(reconnect=1)),
-        None,
-    ),  # longer than the move may take
+    "held up on its way": (40, lambda run: run.clock.advance(30.0), None),  # longer than the move may take
+    "a cable out on its way": (40, lambda run: cable_out(run, 4.5), None),
 }
 
 
@@ -244,7 +253,7 @@ def test_a_gripper_keeps_its_squeeze_over_a_gap_on_the_way_down() -> None:
     run = bench(lay=(-40.0, *START[1:5], 50.0))
     run.policy.on_action = lambda targets: np.tile([20.0, 0, 0, 0, 0, 30], (len(targets), 1))
     run.robot.stopped_at = holding
-    after(run, 45, lambda run: run.robot.events.update(reconnect=1))  # the episode has 30
+    after(run, 45, lambda run: cable_out(run, 1.0))  # the episode has 29
     run.loop.run()
     sent = run.sent()
     moving = np.abs(sent[:, 0] + 40) > 0.1
@@ -296,5 +305,5 @@ def test_recordings_say_where_they_begin_and_how_fast_they_are(tmp_path: Path) -
     np.testing.assert_allclose(found.fastest_units_s, [60.0] * 5 + [120.0])
     assert found.episodes == 3
     for recorded, limit_deg_s in ((tuple(found.fastest_units_s.tolist()), 180.0), ((9000.0,) * 6, DEFAULT_MAX_SPEED_DEG_S)):
-        safety = SafetyFilter(LIMITS, SO100_JOINTS, SafetyOptions(recorded_units_s=recorded), fps=30.0, units_per_deg=np.ones(6))
+        safety = Limits(LIMITS, SO100_JOINTS, SafetyOptions(recorded_units_s=recorded), period_s=1 / 30, units_per_deg=np.ones(6))
         assert safety.max_speed_deg_s == pytest.approx(limit_deg_s)

@@ -23,9 +23,9 @@ import pytest
 from random_networks import observation, write_network
 from serving_fakes import Mutator
 
-from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from gr00t_fast import load_policy
-from gr00t_fast.errors import Gr00tFastError
+from gr00t_fast.base.errors import Gr00tFastError
+from gr00t_fast.virtual.random_checkpoint import write_random_checkpoint
 
 COUNT = int(os.environ.get("GR00T_FAST_HOSTILE_CHECKPOINTS") or 60)
 HANG_S = 30.0  # on a busy machine; the slowest takes two seconds on a quiet one

@@ -21,11 +21,11 @@ import pytest
 import torch
 import virtual_camera
 
-from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from gr00t_fast import load_policy
-from gr00t_fast.contracts import SO100_JOINTS, ActionPrefix
-from gr00t_fast.errors import ConfigError, ObservationError, PreflightError
-from gr00t_fast.robots.virtual_bus.bus import send_command
+from gr00t_fast.base.contracts import SO100_JOINTS, ActionPrefix
+from gr00t_fast.base.errors import ConfigError, ObservationError, PreflightError
+from gr00t_fast.virtual.bus.bus import send_command
+from gr00t_fast.virtual.random_checkpoint import write_random_checkpoint
 
 pytest.importorskip("lerobot")
 pytest.importorskip("datasets", reason="lerobot's programs need its datasets: pip install 'gr00t_fast[robot]'")

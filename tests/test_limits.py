@@ -11,8 +11,8 @@ import pytest
 from random_networks import observation, write_network
 
 from gr00t_fast import load_policy
-from gr00t_fast.contracts import MAX_FRAME_PX, MAX_PIXELS, MIN_FRAME_PX
-from gr00t_fast.errors import ObservationError
+from gr00t_fast.base.contracts import MAX_FRAME_PX, MAX_PIXELS, MIN_FRAME_PX
+from gr00t_fast.base.errors import ObservationError
 from gr00t_fast.inputs.observation import MAX_BATCH, MAX_INSTRUCTION_CHARACTERS
 from gr00t_fast.inputs.prompt import MAX_TEXT_TOKENS
 from gr00t_fast.policy import Gr00tPolicy

@@ -12,6 +12,7 @@ import pytest
 from exports import target_for
 from random_networks import edit_json, write_network
 
+from gr00t_fast.base.errors import EngineError
 from gr00t_fast.engine import Target
 from gr00t_fast.engine.manifest import (
     MANIFEST_NAME,
@@ -21,7 +22,6 @@ from gr00t_fast.engine.manifest import (
     check_manifest,
     describe_files,
 )
-from gr00t_fast.errors import EngineError
 
 REMEDY = "python export/somehow.py"
 METADATA = "experiment_cfg/metadata.json"

@@ -12,12 +12,12 @@ import pytest
 import torch
 from random_networks import edit_json, observation
 
-from benchmarks.lib import random_checkpoint as rc
 from gr00t_fast import load_policy
+from gr00t_fast.base.errors import CheckpointError, ConfigError, ObservationError
 from gr00t_fast.cli.run import main
-from gr00t_fast.errors import CheckpointError, ConfigError, ObservationError
 from gr00t_fast.networks import n1d6
 from gr00t_fast.policy import Gr00tPolicy
+from gr00t_fast.virtual import random_checkpoint as rc
 
 PROCESSOR, KWARGS, MODALITIES = "processor_config.json", "processor_kwargs", "processor_kwargs.modality_configs.new_embodiment"
 

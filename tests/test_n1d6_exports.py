@@ -10,11 +10,11 @@ import pytest
 import test_n1d7_exports as n1d7
 from exports import FEW, Made
 
-from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from gr00t_fast import Gr00tPolicy, load_policy
+from gr00t_fast.base.measurement import saturates_8_bits
 from gr00t_fast.cli import export
 from gr00t_fast.engine.manifest import read_manifest
-from gr00t_fast.measurement import saturates_8_bits
+from gr00t_fast.virtual.random_checkpoint import write_random_checkpoint
 
 
 @pytest.fixture(scope="module")

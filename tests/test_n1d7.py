@@ -15,12 +15,11 @@ import pytest
 import torch
 from random_networks import edit_json, write_network
 
-from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from gr00t_fast import load_policy
+from gr00t_fast.base.errors import CheckpointError, ConfigError, ObservationError
 from gr00t_fast.checkpoint import load_model, open_checkpoint
 from gr00t_fast.cli.run import main
 from gr00t_fast.engine.manifest import target_of
-from gr00t_fast.errors import CheckpointError, ConfigError, ObservationError
 from gr00t_fast.inputs.embodiment import ImageSettings
 from gr00t_fast.inputs.images import BY_QWEN, _interpolated, accepted_size, view, view_size
 from gr00t_fast.inputs.transforms import ActionTransform, StateTransform
@@ -29,6 +28,7 @@ from gr00t_fast.model.vision import patches_of, picture_values
 from gr00t_fast.networks import n1d7
 from gr00t_fast.networks.n1d7 import DEFAULTS, PUBLISHED_BACKBONE
 from gr00t_fast.policy import Gr00tPolicy
+from gr00t_fast.virtual.random_checkpoint import write_random_checkpoint
 
 TAG, LANGUAGE = "new_embodiment", "annotation.human.task_description"
 MODALITIES = f"processor_kwargs.modality_configs.{TAG}"

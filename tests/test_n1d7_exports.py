@@ -14,14 +14,14 @@ import torch
 from exports import FEW, Made, network_inputs
 from random_networks import edit_json
 
-from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from gr00t_fast import Gr00tPolicy, load_policy
+from gr00t_fast.base.contracts import ActionPrefix
+from gr00t_fast.base.errors import ConfigError, EngineError, ObservationError, StaleEngineError
+from gr00t_fast.base.measurement import StageTimer, saturates_8_bits
 from gr00t_fast.cli import export
 from gr00t_fast.cli.main import main
-from gr00t_fast.contracts import ActionPrefix
 from gr00t_fast.engine.manifest import read_manifest
-from gr00t_fast.errors import ConfigError, EngineError, ObservationError, StaleEngineError
-from gr00t_fast.measurement import StageTimer, saturates_8_bits
+from gr00t_fast.virtual.random_checkpoint import write_random_checkpoint
 
 for package in ("onnxruntime", "onnxscript", "openvino"):
     pytest.importorskip(package, reason="needs `pip install 'gr00t_fast[export,openvino]'`")

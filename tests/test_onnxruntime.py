@@ -18,11 +18,11 @@ from random_networks import Sizes, edit_json, load_network, observation, write_n
 from waiting import until
 
 from gr00t_fast import Gr00tPolicy, load_policy
+from gr00t_fast.base.contracts import ActionPrefix
+from gr00t_fast.base.errors import ConfigError, EngineError, StaleEngineError
+from gr00t_fast.base.measurement import StageTimer
 from gr00t_fast.cli.export import onnx as main
-from gr00t_fast.contracts import ActionPrefix
 from gr00t_fast.engine.exported import OnnxRuntimeEngine
-from gr00t_fast.errors import ConfigError, EngineError, StaleEngineError
-from gr00t_fast.measurement import StageTimer
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")

@@ -11,10 +11,10 @@ import pytest
 from random_networks import TINY, edit_json, observation
 
 from gr00t_fast import load_policy
+from gr00t_fast.base.errors import ConfigError, EngineError
+from gr00t_fast.base.measurement import saturates_8_bits
 from gr00t_fast.cli import export
 from gr00t_fast.engine.exported import choose_arithmetic
-from gr00t_fast.errors import ConfigError, EngineError
-from gr00t_fast.measurement import saturates_8_bits
 
 STEPS = 3
 

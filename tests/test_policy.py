@@ -13,8 +13,8 @@ import torch
 from random_networks import cast, load_network, observation, random_inputs
 
 from gr00t_fast import Gr00tPolicy, load_policy
+from gr00t_fast.base.errors import CheckpointError, ConfigError, EngineError, Gr00tFastError, ObservationError, UnsafeActionError
 from gr00t_fast.engine import Engine
-from gr00t_fast.errors import CheckpointError, ConfigError, EngineError, Gr00tFastError, ObservationError, UnsafeActionError
 from gr00t_fast.model import language
 
 TASK = "annotation.human.task_description"

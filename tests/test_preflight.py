@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from control_fakes import FakeClock, FakeRobot, policy_metadata
 
-from gr00t_fast.contracts import Observation
+from gr00t_fast.base.contracts import Observation
+from gr00t_fast.base.errors import PreflightError
 from gr00t_fast.control.preflight import Finding, Preflight
-from gr00t_fast.errors import PreflightError
 
 DEGREES = {"low": [-107, -70, -60, -117, -105, 0], "high": [113, 27, 33, 115, 82, 100]}
 NORMALISED = {"low": [-55, -100, -90, 12, -40, 0], "high": [48, 60, 100, 95, 33, 99]}

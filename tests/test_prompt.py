@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from benchmarks.lib.random_checkpoint import byte_tokenizer, write_random_checkpoint
 from gr00t_fast import load_policy
-from gr00t_fast.errors import CheckpointError, ObservationError
+from gr00t_fast.base.errors import CheckpointError, ObservationError
 from gr00t_fast.inputs.prompt import PromptEncoder, find_tokenizer, load_tokenizer
 from gr00t_fast.networks.n1d5 import IMAGE_TOKEN, PROMPT, render_prompt
+from gr00t_fast.virtual.random_checkpoint import byte_tokenizer, write_random_checkpoint
 
 # fmt: off
 TEXTS = [

@@ -24,12 +24,13 @@ pytest.importorskip("mujoco")
 
 from arm_bench import OFF, Camera, make_arm, real_time_loop, true_joints
 
+from gr00t_fast.base.errors import CameraError, InferenceTimeoutError, RobotError
 from gr00t_fast.control.limits import Poses, SafetyOptions
 from gr00t_fast.control.pacer import FURTHER_AFTER_S, StopSignals
-from gr00t_fast.errors import CameraError, InferenceTimeoutError, RobotError
-from gr00t_fast.robots.sim.simulation import ScenePlant
-from gr00t_fast.robots.virtual_bus import Register, VirtualBus
-from gr00t_fast.robots.virtual_bus.servo import to_units
+from gr00t_fast.robots.calibration import to_units
+from gr00t_fast.robots.feetech import Register
+from gr00t_fast.virtual.bus import VirtualBus
+from gr00t_fast.virtual.sim.simulation import ScenePlant
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
 

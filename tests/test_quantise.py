@@ -15,18 +15,18 @@ from onnx import TensorProto, helper, numpy_helper
 from random_networks import TINY
 from torch import Tensor
 
+from gr00t_fast.base.errors import ConfigError
+from gr00t_fast.base.measurement import StageTimer
 from gr00t_fast.cli import export
 from gr00t_fast.cli.main import main
 from gr00t_fast.engine import open_engine
 from gr00t_fast.engine.exported import ExportTables
 from gr00t_fast.engine.manifest import read_manifest
-from gr00t_fast.errors import ConfigError
 from gr00t_fast.export.calibrate import NEGLIGIBLE, GraphNetwork, Group, RoundedMatMul, keep_sensitive, record
 from gr00t_fast.export.graphs import MatMulLinear
 from gr00t_fast.export.qdq import LARGEST, Graph, InputScale, write_quantised
 from gr00t_fast.export.verify import ActionError, digest_of
 from gr00t_fast.inputs.dataset import textured_picture
-from gr00t_fast.measurement import StageTimer
 
 K, N, ROWS = 24, 16, 10
 

@@ -23,9 +23,9 @@ from serving_fakes import ROOT
 from waiting import until
 from websockets.sync.client import connect
 
-from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from gr00t_fast import Gr00tPolicy, load_policy
-from gr00t_fast.errors import ConfigError
+from gr00t_fast.base.errors import ConfigError
+from gr00t_fast.virtual.random_checkpoint import write_random_checkpoint
 
 pytest.importorskip("ray", reason="make test-ray installs it")
 START_S = 120.0

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import gr00t_fast
-from gr00t_fast import flags
+from gr00t_fast.base import flags
 from gr00t_fast.cli import main as command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,6 +145,6 @@ def test_what_the_dockerfile_names_is_there_and_goes_to_the_builder() -> None:
     dockerfile = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
     sources = {word for words in re.findall(r"^COPY (.+) \S+$", dockerfile, flags=re.MULTILINE) for word in words.split()}
     allowed = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
-    assert sources >= {"setup.cfg", "gr00t_fast", "constraints.txt", "README.md", "LICENSE"}
+    assert sources >= {"setup.cfg", "gr00t_fast", "requirements/constraints.txt", "README.md", "LICENSE"}
     assert all((ROOT / source).exists() and f"!{source}" in allowed for source in sources)
     assert '"tini", "--", "gr00t-fast"' in dockerfile, "the program must not be the first process"

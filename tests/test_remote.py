@@ -17,12 +17,12 @@ import pytest
 from control_fakes import FakeRobot, policy_metadata
 from serving_fakes import ArithmeticPolicy, assert_same, observation, running
 
+from gr00t_fast.base.contracts import ModalityConfig
+from gr00t_fast.base.errors import ConfigError, PreflightError, ServerError, WireError
 from gr00t_fast.cli import run as cli
 from gr00t_fast.cli import serve
-from gr00t_fast.contracts import ModalityConfig
 from gr00t_fast.control.pacer import MonotonicClock
-from gr00t_fast.control.report import without_secrets
-from gr00t_fast.errors import ConfigError, PreflightError, ServerError, WireError
+from gr00t_fast.record.report import without_secrets
 from gr00t_fast.serving import HttpPolicyServer, PolicyServer
 from gr00t_fast.serving.remote import RemotePolicy
 from gr00t_fast.serving.wire import metadata_from_message, metadata_to_message
@@ -171,7 +171,7 @@ def test_an_older_server_that_leaves_out_the_axis_of_a_single_joint(style: str) 
 @pytest.fixture(scope="module")
 def metadata(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small files of a checkpoint, without its weights."""
-    from benchmarks.lib.random_checkpoint import write_random_checkpoint
+    from gr00t_fast.virtual.random_checkpoint import write_random_checkpoint
 
     checkpoint = write_random_checkpoint(tmp_path_factory.mktemp("metadata") / "checkpoint", "tiny", resolution=(64, 48))
     (checkpoint / "model.safetensors").unlink()

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from gr00t_fast import Gr00tPolicy, load_policy
-from gr00t_fast.contracts import ActionPrefix, NetworkName
+from gr00t_fast.base.contracts import ActionPrefix, NetworkName
+from gr00t_fast.base.errors import ConfigError, ObservationError
 from gr00t_fast.engine.eager import Continuation, denoise_towards, prefix_weights
-from gr00t_fast.errors import ConfigError, ObservationError
+from gr00t_fast.virtual.random_checkpoint import write_random_checkpoint
 
 LENGTH_ROWS = 6.0  # over which actions stay similar: a fifth of a second at 30 Hz
 ROUGHNESS = 0.01  # deviation of the white part; the smooth part has 0.5 (joints then use about half of their range)

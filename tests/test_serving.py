@@ -21,15 +21,15 @@ import zmq
 from serving_fakes import HORIZON, ArithmeticPolicy, Mutator, ServerProcess, assert_same, instructed, observation, running
 from waiting import until
 
-from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from gr00t_fast import load_policy
+from gr00t_fast.base.contracts import ActionPrefix
+from gr00t_fast.base.errors import ConfigError, ObservationError, ServerError, ServerUnreachableError, WireError
 from gr00t_fast.cli.run import main as run
-from gr00t_fast.contracts import ActionPrefix
-from gr00t_fast.errors import ConfigError, ObservationError, ServerError, ServerUnreachableError, WireError
 from gr00t_fast.inputs.observation import flat_observation, nested_observation
 from gr00t_fast.serving import HttpPolicyServer, PolicyClient, PolicyServer
 from gr00t_fast.serving.remote import RemotePolicy
 from gr00t_fast.serving.service import Figures, Service, check_free
+from gr00t_fast.virtual.random_checkpoint import write_random_checkpoint
 
 FUZZ_MESSAGES = int(os.environ.get("GR00T_FAST_FUZZ_MESSAGES") or 500)
 FUZZ_BATCH = 100

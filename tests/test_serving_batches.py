@@ -17,13 +17,13 @@ import zmq
 from serving_fakes import ArithmeticPolicy, assert_same, instructed, observation, running
 from waiting import until
 
-from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from gr00t_fast import load_policy
-from gr00t_fast.errors import Gr00tFastError, ObservationError, ServerError
+from gr00t_fast.base.errors import Gr00tFastError, ObservationError, ServerError
 from gr00t_fast.serving.client import PolicyClient
 from gr00t_fast.serving.server import PolicyServer
 from gr00t_fast.serving.service import BatchTimes, Queue, Request, Service
 from gr00t_fast.serving.wire import encode
+from gr00t_fast.virtual.random_checkpoint import write_random_checkpoint
 
 GPU, CPU = {1: 0.10, 2: 0.11, 4: 0.13, 8: 0.20}, {1: 0.10, 2: 0.19, 4: 0.37, 8: 0.70}  # seconds of a batch
 

@@ -75,8 +75,8 @@ def free_port() -> int:
 
 
 def test_a_checkpoint_is_served_from_the_command_line_over_both_protocols(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from benchmarks.lib.random_checkpoint import write_random_checkpoint
     from gr00t_fast.policy import load_policy
+    from gr00t_fast.virtual.random_checkpoint import write_random_checkpoint
 
     checkpoint = write_random_checkpoint(tmp_path / "checkpoint", size="tiny")
     seen, metrics_port = observation(size=(480, 640)), free_port()

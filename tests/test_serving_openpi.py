@@ -18,10 +18,10 @@ from waiting import until
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from gr00t_fast import load_policy
 from gr00t_fast.serving import http
 from gr00t_fast.serving.http import MAX_BODY_BYTES, MAX_WEBSOCKETS, HttpPolicyServer
+from gr00t_fast.virtual.random_checkpoint import write_random_checkpoint
 
 
 @pytest.fixture

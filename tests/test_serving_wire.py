@@ -15,8 +15,8 @@ import nvidia_style_service as reference
 import pytest
 from serving_fakes import Mutator, observation
 
-from gr00t_fast.contracts import ModalityConfig
-from gr00t_fast.errors import WireError
+from gr00t_fast.base.contracts import ModalityConfig
+from gr00t_fast.base.errors import WireError
 from gr00t_fast.serving import wire
 
 FUZZ_MESSAGES = int(os.environ.get("GR00T_FAST_FUZZ_MESSAGES") or 500)

@@ -14,10 +14,11 @@ import pytest
 from control_fakes import Bench
 from waiting import PATIENCE_S
 
+from gr00t_fast.base.errors import ObservationError, RobotError
+from gr00t_fast.base.keyboard import BACKSPACE, ENTER, ESCAPE, LEFT, RIGHT, Keys
 from gr00t_fast.cli import run
-from gr00t_fast.control.controller import ThreadWorker
-from gr00t_fast.control.session import BACKSPACE, ENTER, ESCAPE, LEFT, RIGHT, SAVE_LIMIT_S, Keys, Session
-from gr00t_fast.errors import ObservationError, RobotError
+from gr00t_fast.control.planner import ThreadWorker
+from gr00t_fast.control.session import SAVE_LIMIT_S, Session
 
 TASK = "pick: the cube"  # of the bench
 
@@ -151,7 +152,7 @@ def test_what_becomes_of_episodes(pressed: dict[int, list[str]], options: dict[s
     assert [told if isinstance(told, str) else told[-1] for told in recorder.told if told == "discard" or told[0] == "save"] == fates
     assert bench.loop.trace.episodes == episodes
     if not pressed:
-        assert recorder.told == [("begin", TASK), ("end", 30, None), ("save", None)] * 2
+        assert recorder.told == [("begin", TASK), ("end", 29, None), ("save", None), ("begin", TASK), ("end", 29, None), ("save", None)]
 
 
 def test_every_run_in_a_terminal_has_keys(terminal: tuple[int, int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

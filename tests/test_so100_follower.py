@@ -24,12 +24,15 @@ from arm_bench import ON, Camera, assert_landed, connected, make_arm, power, rai
 from waiting import until
 
 from gr00t_fast import robots as ours
-from gr00t_fast.contracts import SO100_JOINTS, Robot
-from gr00t_fast.errors import CameraError, ConfigError, MissingExtraError, RobotError
-from gr00t_fast.robots import check_ready, lerobot_glue, make_robot, so100
+from gr00t_fast.base.contracts import SO100_JOINTS, Robot
+from gr00t_fast.base.errors import CameraError, ConfigError, MissingExtraError, RobotError
+from gr00t_fast.robots import check_ready, lerobot_glue, so100
+from gr00t_fast.robots.calibration import save_calibration
+from gr00t_fast.robots.feetech import Register
 from gr00t_fast.robots.lerobot_glue import GAINS, calibration_file, make_follower
 from gr00t_fast.robots.so100 import SO100FollowerArm
-from gr00t_fast.robots.virtual_bus import Register, Servo, VirtualBus, save_calibration
+from gr00t_fast.virtual import make_robot
+from gr00t_fast.virtual.bus import Servo, VirtualBus
 
 
 @pytest.fixture
@@ -347,7 +350,7 @@ def test_a_landing_that_is_broken_off_is_said_and_can_be_repeated_and_ctrl_c_doe
 
 
 def test_an_arm_without_a_camera_can_have_a_drawn_one(bus: VirtualBus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    simulation = pytest.importorskip("gr00t_fast.robots.sim.simulation").Simulation
+    simulation = pytest.importorskip("gr00t_fast.virtual.sim.simulation").Simulation
     over = threading.Event()
     with connected(tmp_path, bus, cameras={"webcam": ours.SimCameraConfig(width=64, height=48)}) as (_, arm):
         here = arm.observe()
@@ -360,7 +363,7 @@ def test_an_arm_without_a_camera_can_have_a_drawn_one(bus: VirtualBus, tmp_path:
         with pytest.raises(CameraError, match="out of memory"):
             arm.observe()
         monkeypatch.setattr(simulation, "render", lambda *_: over.wait())
-        monkeypatch.setattr("gr00t_fast.robots.sim.simulation.LONGEST_DRAWING_S", 0.3)
+        monkeypatch.setattr("gr00t_fast.virtual.sim.simulation.LONGEST_DRAWING_S", 0.3)
         with pytest.raises(CameraError, match="0.3 s"):
             arm.observe()
         arm.observe(with_frames=False)  # the arm can still be put down

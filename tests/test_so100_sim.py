@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from control_fakes import FakeClock
 
+from gr00t_fast.base.contracts import SO100_JOINTS, Robot
+from gr00t_fast.base.errors import ConfigError, RobotError
 from gr00t_fast.cli import sim as program
-from gr00t_fast.contracts import SO100_JOINTS, Robot
-from gr00t_fast.errors import ConfigError, RobotError
 from gr00t_fast.robots import OpenCVCameraConfig, SimCameraConfig, SO100SimConfig
-from gr00t_fast.robots.sim.rendering import Pinhole, fill_mask, render_faces, spans
-from gr00t_fast.robots.sim.scene import (
+from gr00t_fast.virtual.sim.rendering import Pinhole, fill_mask, render_faces, spans
+from gr00t_fast.virtual.sim.scene import (
     FRONT_CAMERA,
     LIMITS_DEG,
     PAN_AXIS_XY_M,
@@ -26,8 +26,8 @@ from gr00t_fast.robots.sim.scene import (
 )
 
 pytest.importorskip("mujoco")
-from gr00t_fast.robots.sim.expert import expert
-from gr00t_fast.robots.sim.simulation import HOME_DEG, TICK_S, SimArm, Simulation
+from gr00t_fast.virtual.sim.expert import expert
+from gr00t_fast.virtual.sim.simulation import HOME_DEG, TICK_S, SimArm, Simulation
 
 EYE = Pinhole(np.zeros(3), np.eye(3), fovy_deg=60, width=48, height=36)  # looks along +z, y down
 
@@ -160,7 +160,7 @@ def test_needs_neither_opencv_nor_opengl_and_imports_lazily():
     code = """
 import sys
 sys.modules.update(dict.fromkeys(("cv2", "OpenGL", "glfw")))
-import gr00t_fast.robots.sim.simulation as package
+import gr00t_fast.virtual.sim.simulation as package
 assert "mujoco" not in sys.modules
 assert package.Simulation("place", 0).render("front", 64, 48).std() > 5
 """

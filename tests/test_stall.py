@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from control_fakes import LIMITS, TICK_S, Bench
 
-from gr00t_fast.contracts import SO100_JOINTS, MotorLoads, Observation
-from gr00t_fast.control.limits import Poses, SafetyFilter, SafetyOptions
-from gr00t_fast.control.report import as_text, build_report
-from gr00t_fast.errors import UnsafeActionError
+from gr00t_fast.base.contracts import SO100_JOINTS, MotorLoads, Observation
+from gr00t_fast.base.errors import UnsafeActionError
+from gr00t_fast.control.limits import Limits, Poses, SafetyOptions
+from gr00t_fast.control.modes import Mode
+from gr00t_fast.record.report import as_text, build_report
 
 START = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 50.0])
 ELBOW, GRIPPER = 2, 5
@@ -25,7 +26,7 @@ class Arm:
     def __init__(self, **options: object) -> None:
         self.said: list[str] = []
         safety = SafetyOptions(max_speed_deg_s=None, **options)
-        self.safety = SafetyFilter(LIMITS, SO100_JOINTS, safety, fps=30.0, units_per_deg=np.ones(6), echo=self.said.append)
+        self.safety = Limits(LIMITS, SO100_JOINTS, safety, period_s=1 / 30, units_per_deg=np.ones(6), echo=self.said.append)
         self.safety.start(START)
         self.joints, self.goal = START.copy(), START.copy()
         self.blocked, self.push, self.current_ma = np.zeros(6, bool), np.full(6, np.nan), 0.0
@@ -41,7 +42,7 @@ class Arm:
     def play(self, target: np.ndarray, ticks: int = 1) -> np.ndarray:
         """Returns the last goal (J,)."""
         for _ in range(ticks):
-            self.goal = self.safety(target)
+            self.goal = self.safety.apply(target)
             self.joints = np.where(self.blocked, self.joints, self.goal)
             self.look()
         return self.goal
@@ -53,7 +54,7 @@ class Arm:
             percent = np.where(np.isnan(self.push), np.minimum(100, 4.65 * np.abs(self.goal - self.joints)), self.push)
             read = [np.where(self.asked, new, old) for new, old in ((percent, self.loads.percent), (self.current_ma, self.loads.current_ma))]
             self.loads = MotorLoads(*read, np.where(self.asked, now_s, self.loads.time_s))
-        self.safety.measured(self.joints, now_s, self.loads)
+        self.safety.read(self.joints, now_s, self.loads)
 
 
 def ahead(joint: int, degrees: float) -> np.ndarray:
@@ -238,7 +239,7 @@ def test_a_run_goes_on_with_what_is_not_blocked_and_reports_it() -> None:
     run.blocked[ELBOW] = True
     run.loop.run()
     np.testing.assert_array_equal(run.sent()[-1], [40, 40, 0, 40, 40, 40])
-    np.testing.assert_array_equal(run.loop.trace.arrays()["commanded"], run.sent())
+    np.testing.assert_array_equal(run.loop.trace.arrays()["commanded"], run.sent()[: len(run.loop.trace)])
     report = build_report(run.loop, {}, [])
     assert report["safety"]["stalled"]["elbow_flex"]["times"] == 1
     assert list(report["safety"]["stalled"]) == ["elbow_flex"]
@@ -256,7 +257,7 @@ def test_an_arm_that_waits_for_inferences_does_not_push_meanwhile(horizon: int) 
     goals, infer = [], run.policy.get_action
 
     def get_action(*args: object, **options: object) -> dict[str, np.ndarray]:
-        if run.loop.safety.blocked.held[ELBOW]:
+        if run.loop.limits.blocked.held[ELBOW]:
             goals.append(run.sent()[-1][ELBOW])
         return infer(*args, **options)
 
@@ -272,10 +273,10 @@ def test_a_joint_found_blocked_in_the_pause_is_held_too() -> None:
     run.policy.on_action = towards(30.0)
     run.blocked[ELBOW] = True
     pause = []
-    run.robot.on_send = lambda: pause.append(len(run.loop.trace) == 15)
+    run.robot.on_send = lambda: pause.append(run.loop.mode is Mode.BETWEEN)
     run.loop.run()
     in_pause = [goal for goal, paused in zip(run.sent(), pause, strict=True) if paused]
-    assert in_pause[0][ELBOW] == 0.0
+    assert in_pause[-1][ELBOW] == 0.0
     assert "elbow_flex" in "".join(line for line in run.said if "blocked" in line)
     assert not [line for line in run.said if "turned back" in line]
 
@@ -296,7 +297,7 @@ def test_a_blocked_way_to_rest_lands_after_the_others_have_arrived(stall_after_s
     safety = SafetyOptions(stall_after_s=stall_after_s)
     run = arm_bench(poses=Poses(None, (-60.0, -60.0, -60.0, 0.0, 0.0, 50.0), 60.0), timeout_s=0.5, safety=safety)
     run.policy.on_action = towards(0.0)
-    run.robot.on_send = lambda: run.blocked.__setitem__(ELBOW, run.loop.trace.episodes == 1 and len(run.loop.trace) == 15)
+    run.robot.on_send = lambda: run.blocked.__setitem__(ELBOW, run.loop.mode is Mode.PUT_DOWN)
     run.loop.run()
     np.testing.assert_allclose(run.sent()[-1][[0, 1, 3, 4]], [-60, -60, 0, 0])
     assert abs(run.sent()[-1][ELBOW]) < 3, "it does not push on"

@@ -18,10 +18,10 @@ from random_networks import write_network
 from tiny_graphs import IMAGE_TOKENS, STAGES, write_export, write_graph
 from waiting import until
 
+from gr00t_fast.base.errors import ConfigError, EngineError
 from gr00t_fast.cli import export
 from gr00t_fast.engine import tensorrt_library as library
 from gr00t_fast.engine.manifest import Digests, read_manifest
-from gr00t_fast.errors import ConfigError, EngineError
 from gr00t_fast.export.tensorrt import build, check_feasible, prompt_profiles, run_alone
 
 trt = pytest.importorskip("tensorrt_rtx", reason="needs `pip install 'gr00t_fast[tensorrt_rtx]'`")
@@ -173,7 +173,7 @@ def test_what_goes_wrong_in_the_process_is_reported(tmp_path: Path) -> None:
     killed = script(tmp_path / "killed.py", "import os; os.kill(os.getpid(), 9)")
     with pytest.raises(EngineError, match=r"run_path .*killed\.py was killed.*ran out of memory"):
         run_alone(runpy.run_path, killed)
-    refused = script(tmp_path / "refused.py", "from gr00t_fast.errors import ConfigError\nraise ConfigError('too small')")
+    refused = script(tmp_path / "refused.py", "from gr00t_fast.base.errors import ConfigError\nraise ConfigError('too small')")
     with pytest.raises(ConfigError, match="too small"):
         run_alone(runpy.run_path, refused)
     assert multiprocessing.active_children() == []

@@ -22,15 +22,15 @@ from random_networks import edit_json, load_network, random_inputs, write_networ
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gr00t_fast.base.errors import ConfigError, EngineError, MissingExtraError, StaleEngineError
+from gr00t_fast.base.measurement import StageTimer
 from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.engine import tensorrt, warming_up
 from gr00t_fast.engine import tensorrt_library as library
 from gr00t_fast.engine.eager import Continuation, EagerEngine, prefix_weights
 from gr00t_fast.engine.manifest import STAGES, Digests, Manifest, Target, describe_files, read_manifest, target_of
 from gr00t_fast.engine.tensorrt import LoadedStage, TensorRTEngine, check_capability
-from gr00t_fast.errors import ConfigError, EngineError, MissingExtraError, StaleEngineError
 from gr00t_fast.export.graphs import Layout, example_inputs, graph_tables, graphs_of
-from gr00t_fast.measurement import StageTimer
 from gr00t_fast.model.config import ModelConfig
 from gr00t_fast.policy import load_policy
 

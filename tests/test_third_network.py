@@ -18,16 +18,16 @@ from exports import make_export
 from safetensors.torch import save_file
 from serving_fakes import running
 
-from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from gr00t_fast import load_policy
+from gr00t_fast.base.errors import ConfigError
 from gr00t_fast.checkpoint import load_model, open_checkpoint
-from gr00t_fast.errors import ConfigError
 from gr00t_fast.inputs.data_config import DataConfig
 from gr00t_fast.inputs.embodiment import Arithmetic, Camera, Embodiment, Part
 from gr00t_fast.inputs.prompt import PromptForm
 from gr00t_fast.model.config import ModelConfig
 from gr00t_fast.networks import NETWORKS, n1d5
 from gr00t_fast.networks.spec import read_object, rows
+from gr00t_fast.virtual.random_checkpoint import write_random_checkpoint
 
 # The description, which would be gr00t_fast/networks/toy.py
 

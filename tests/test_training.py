@@ -18,8 +18,8 @@ from waiting import PATIENCE_S, is_there, until
 pytest.importorskip("mujoco")
 from benchmarks.evaluate import reach_for_still_blocks
 from gr00t_fast import load_policy
-from gr00t_fast.measurement import wilson_interval
-from gr00t_fast.robots.sim.simulation import HOME_DEG
+from gr00t_fast.base.measurement import wilson_interval
+from gr00t_fast.virtual.sim.simulation import HOME_DEG
 from training import record, samples, train
 from training.network import INSTRUCTIONS, draw_times, item_tables
 from training.samples import HORIZON, Sampler, Samples

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from gr00t_fast.errors import ConfigError
+from gr00t_fast.base.errors import ConfigError
 from gr00t_fast.inputs.data_config import DATA_CONFIGS, DataConfig
 from gr00t_fast.inputs.embodiment import Embodiment, Part
 from gr00t_fast.inputs.images import to_trained_size

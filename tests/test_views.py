@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 from waiting import PATIENCE_S, children, until
 
-from gr00t_fast.contracts import SO100_JOINTS, Observation
-from gr00t_fast.control import views
-from gr00t_fast.control.chunk_buffer import TickRecord
-from gr00t_fast.control.views import (
+from gr00t_fast.base.contracts import SO100_JOINTS, Observation
+from gr00t_fast.base.errors import ConfigError, MissingExtraError
+from gr00t_fast.base.files import is_running
+from gr00t_fast.control.trace import TickRecord
+from gr00t_fast.record import views
+from gr00t_fast.record.views import (
     QUEUED_TICKS,
     DisplayTarget,
     View,
@@ -29,8 +31,6 @@ from gr00t_fast.control.views import (
     side_by_side,
     video_view,
 )
-from gr00t_fast.errors import ConfigError, MissingExtraError
-from gr00t_fast.files import is_running
 
 rerun = pytest.importorskip("rerun")
 
@@ -44,7 +44,7 @@ def tick_of(index: int) -> tuple[Observation, TickRecord]:
     frame = np.zeros((SIZE[1], SIZE[0], 3), np.uint8)
     frame[:, :, 0] = 5 * index % 250
     ahead = (joints + 1 + np.arange(4)[:, None]).astype(np.float32)
-    record = TickRecord(index, index // 20, index / FPS, ahead[0], joints + 1, ahead, 50.0 + index, 3, False, 0.25, index // 10)
+    record = TickRecord(index, index // 20, index / FPS, ahead[0], joints + 1, ahead, 50.0 + index, False, 3, False, 0.25, index, index // 10)
     return Observation(joints, {"front": frame}, 1000.0 + index / FPS), record
 
 

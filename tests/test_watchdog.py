@@ -25,9 +25,11 @@ pytest.importorskip("scservo_sdk")
 from arm_bench import OFF, ON, make_arm
 from waiting import PATIENCE_S, until
 
-from gr00t_fast.errors import RobotError
+from gr00t_fast.base.errors import RobotError
+from gr00t_fast.robots.calibration import save_calibration
+from gr00t_fast.robots.feetech import Register
 from gr00t_fast.robots.so100 import SO100FollowerArm
-from gr00t_fast.robots.virtual_bus import Register, VirtualBus, save_calibration
+from gr00t_fast.virtual.bus import VirtualBus
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="signals and processes as on Linux")
 

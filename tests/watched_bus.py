@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from gr00t_fast.contracts import SO100_JOINTS
-from gr00t_fast.robots.virtual_bus import Register, VirtualBus, save_calibration
-from gr00t_fast.robots.virtual_bus.servo import to_units
+from gr00t_fast.base.contracts import SO100_JOINTS
+from gr00t_fast.robots.calibration import save_calibration, to_units
+from gr00t_fast.robots.feetech import Register
+from gr00t_fast.virtual.bus import VirtualBus
 
 SAMPLE_S = 0.01
 Sample = tuple[float, bool, np.ndarray]  # time on the monotonic clock, whether all joints have torque, where they are: (6,) degrees, gripper per cent

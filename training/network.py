@@ -21,14 +21,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.lib.random_checkpoint import network_config
-from gr00t_fast.contracts import SO100_JOINTS
+from gr00t_fast.base.contracts import SO100_JOINTS
 from gr00t_fast.model import Gr00t, ModelInputs
 from gr00t_fast.model.action_head import ActionHead, Condition
 from gr00t_fast.model.config import ModelConfig
 from gr00t_fast.model.layers import CategoryLinear
 from gr00t_fast.networks.n1d5 import EMBODIMENT_ROWS, IMAGE_TOKEN, WEIGHTS, render_prompt
 from gr00t_fast.networks.spec import Layout, published_shapes, sources_of
+from gr00t_fast.virtual.random_checkpoint import network_config
 
 # --- sizes, tokenizer, first weights ------------------------------------------------------------------------------------------------------------
 

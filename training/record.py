@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 import tempfile
@@ -25,16 +26,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 import numpy as np
 
-from benchmarks.lib.program import check_counts, size_of
+from gr00t_fast.base.contracts import SO100_JOINTS
+from gr00t_fast.base.errors import ConfigError, check_ranges, require
+from gr00t_fast.base.flags import size_of
 from gr00t_fast.cli.main import Command
-from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.control.pacer import StopSignals
-from gr00t_fast.control.recorder import MODALITY, features, modality_of
-from gr00t_fast.errors import ConfigError, require
-from gr00t_fast.robots.sim.expert import expert
-from gr00t_fast.robots.sim.scene import GRIPPER, Task
-from gr00t_fast.robots.sim.simulation import TICK_S, Simulation
-from training.samples import FIRST_LAYOUT_SEED, FPS, RESOLUTION
+from gr00t_fast.record.recorder import MODALITY, features, modality_of
+from gr00t_fast.virtual.sim.expert import expert
+from gr00t_fast.virtual.sim.scene import GRIPPER, Task
+from gr00t_fast.virtual.sim.simulation import FIRST_LAYOUT_SEED, TICK_S, Simulation
+from training.samples import FPS, RESOLUTION
 
 INSTRUCTION_OF = {"reach": "Reach the block", "place": "Place the block in the bowl"}
 _CAMERA = "front"
@@ -60,8 +61,8 @@ def record(config: RecordConfig) -> int:
 
     Raises ConfigError for flags that make no sense, ConfigError when --out is there already, or when the expert failed in all layouts.
     """
-    check_counts(config, "episodes")
-    check_counts(config, "seed", "noise_deg", "first_layout", least=0)
+    check_ranges(config, episodes=(1, math.inf))
+    check_ranges(config, **dict.fromkeys(("seed", "noise_deg", "first_layout"), (0, math.inf)))
     out, resolution = config.out, size_of(config.resolution, least=1)
     if out.exists():
         raise ConfigError(f"{out} is there already; a data set is written once. Choose another --out, or remove it.")

@@ -11,6 +11,7 @@ interrupted run, and a higher --count adds to it; a directory holds samples of o
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import numpy as np
 import torch
 
-from benchmarks.lib.program import check_counts
+from gr00t_fast.base.errors import ConfigError, RobotError, check_ranges, require
+from gr00t_fast.base.files import atomic_write
 from gr00t_fast.cli.main import Command
 from gr00t_fast.control.pacer import StopSignals
-from gr00t_fast.errors import ConfigError, RobotError, require
-from gr00t_fast.files import atomic_write
 from gr00t_fast.model.vision import pixel_values
-from gr00t_fast.robots.sim.expert import GraspKinematics
-from gr00t_fast.robots.sim.scene import GRIPPER, LIMITS_DEG, PAN_AXIS_XY_M, degrees_to_radians
-from gr00t_fast.robots.sim.simulation import HOME_DEG, Simulation
+from gr00t_fast.virtual.sim.expert import GraspKinematics
+from gr00t_fast.virtual.sim.scene import GRIPPER, LIMITS_DEG, PAN_AXIS_XY_M, degrees_to_radians
+from gr00t_fast.virtual.sim.simulation import FIRST_LAYOUT_SEED, HOME_DEG, Simulation
 
 # --- labels: what the expert would do next ------------------------------------------------------------------------------------------------------
 
@@ -94,7 +94,6 @@ def _way_down_is_free(joints: np.ndarray, points: Waypoints) -> bool:
 
 # --- samples ------------------------------------------------------------------------------------------------------------------------------------
 
-FIRST_LAYOUT_SEED = 1_000_000
 RESOLUTION = (640, 480)  # width, height of the camera
 IMAGE_SIZE = 112  # side of the picture the network sees
 _SHARD = 500  # samples per file; what an interruption can lose
@@ -215,8 +214,8 @@ class SamplesConfig:
 
 def run(config: SamplesConfig) -> int:
     """Whole shards are skipped, a shorter one is made anew and begins with the same samples. Raises ConfigError for samples of another seed."""
-    check_counts(config, "count")
-    check_counts(config, "seed", least=0)
+    check_ranges(config, count=(1, math.inf))
+    check_ranges(config, seed=(0, math.inf))
     torch.set_num_threads(1)
     require("mujoco", "sim")  # before anything is written
     config.out.mkdir(parents=True, exist_ok=True)

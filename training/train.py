@@ -29,20 +29,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.lib.program import check_counts, drawing
+from gr00t_fast.base.contracts import SO100_JOINTS
+from gr00t_fast.base.errors import ConfigError, check_ranges, require
+from gr00t_fast.base.files import atomic_write
+from gr00t_fast.base.measurement import provenance
 from gr00t_fast.cli.main import Command
-from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.control.pacer import StopSignals
 from gr00t_fast.engine import select_device
-from gr00t_fast.errors import ConfigError, require
-from gr00t_fast.files import atomic_write
 from gr00t_fast.inputs.data_config import DATA_CONFIGS
 from gr00t_fast.inputs.prompt import PromptEncoder
 from gr00t_fast.inputs.transforms import ActionTransform, StateTransform
-from gr00t_fast.measurement import provenance
 from gr00t_fast.model import ModelConfig, ModelInputs
 from gr00t_fast.networks import n1d5
-from gr00t_fast.robots.sim.scene import GRIPPER
+from gr00t_fast.virtual.sim.scene import GRIPPER
 from training.network import EMBODIMENT_TAG, INSTRUCTIONS, configuration, losses, new_network, small_tokenizer, write_checkpoint
 from training.samples import FPS, IMAGE_SIZE, RESOLUTION, Samples, load_samples
 
@@ -223,15 +222,17 @@ LAST_STEP = "the last step"
 def plot(path: Path, rows: Sequence[dict[str, float]]) -> None:
     """Losses, and the error of held-out actions where that was checked."""
     panels = {title: present for title, names in _PANELS.items() if (present := [name for name in names if name in rows[-1]])}
-    with drawing(path, path.parent.name, 1, len(panels), (5 * len(panels), 3.6)) as grid:
-        for axes, (title, names) in zip(grid[0], panels.items(), strict=True):
-            for name in names:
-                points = [(row["step"], row[name]) for row in rows]
-                axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), linestyle="--" if "held_out" in name else "-")
-            axes.set_title(title)
-            axes.set_xlabel("step")
-            axes.set_yscale("log")
-            axes.legend()
+    figure = require("matplotlib.figure", "plots").Figure((5 * len(panels), 3.6), layout="constrained")
+    figure.suptitle(path.parent.name, fontsize=10)
+    for axes, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows]
+            axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), linestyle="--" if "held_out" in name else "-")
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        axes.set_yscale("log")
+        axes.legend()
+    figure.savefig(path, dpi=110)
 
 
 # --- the program -----------------------------------------------------------------------------------------------------------------------------
@@ -282,8 +283,8 @@ def pursue(trainer: Trainer, config: TrainConfig, held_out: TrainingSet | None, 
 
 def run(config: TrainConfig) -> int:
     """The last line tells what came of it. The exit code is that of a signal, so that a script does not go on with half a training."""
-    check_counts(config, "steps", "batch_size", "threads", "check_every", "draws")
-    check_counts(config, "seed", "learning_rate", "weight_decay", least=0)
+    check_ranges(config, **dict.fromkeys(("steps", "batch_size", "threads", "check_every", "draws"), (1, math.inf)))
+    check_ranges(config, **dict.fromkeys(("seed", "learning_rate", "weight_decay"), (0, math.inf)))
     torch.set_num_threads(config.threads)
     config.out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(load_samples([config.samples]), config, select_device(config.device))

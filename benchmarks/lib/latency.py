@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from gr00t_fast.contracts import Clock, Observation, Robot
-from gr00t_fast.control.controller import ChunkController
+from gr00t_fast.base.contracts import Clock, Observation, Robot
+from gr00t_fast.base.errors import ConfigError
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import StopSignals, VirtualClock
-from gr00t_fast.errors import ConfigError
+from gr00t_fast.control.planner import Planner
 
 # One tick because an answer plays from the tick after it came, the others for threads that wake up late.
 BRIDGE_MARGIN_TICKS = 4
@@ -91,19 +91,17 @@ def _measured(text: str) -> Latency:
 _ROUNDING_S = 1e-9  # a call that ends at a tick is in time for it, whatever the sums of floats say
 
 
-def play_until(
-    over: Callable[[Observation], bool], reason: str, arm: Robot, controller: ChunkController, options: LoopOptions, clock: Clock
-) -> ControlLoop:
+def play_until(over: Callable[[Observation], bool], reason: str, arm: Robot, planner: Planner, options: LoopOptions, clock: Clock) -> ControlLoop:
     """The product's loop, ended for `reason` where `over` says so of what was observed. Raises KeyboardInterrupt after Ctrl-C, which ends it in good
     order and is to end the study too."""
     stop = StopSignals()
 
     class Goal:
-        def see(self, observation: Observation, tick: object = None) -> None:
+        def see(self, observation: Observation, tick: object = None, mode: object = None) -> None:
             if over(observation):
                 stop.request(reason)
 
-    loop = ControlLoop(arm, controller, options, clock, stop, observers=[Goal()], echo=lambda line: None)
+    loop = ControlLoop(arm, planner, options, clock, stop, observers=[Goal()], echo=lambda line: None)
     with stop:
         loop.run()
     if stop.exit_code:

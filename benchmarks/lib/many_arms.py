@@ -19,8 +19,8 @@ import numpy as np
 
 from benchmarks.lib.program import end_with_parent, markdown_table
 from benchmarks.lib.served_policy import ServedPolicy
-from gr00t_fast.contracts import Policy
-from gr00t_fast.measurement import percentiles
+from gr00t_fast.base.contracts import Policy
+from gr00t_fast.base.measurement import percentiles
 from gr00t_fast.serving.client import PolicyClient
 from gr00t_fast.serving.service import SIZES, BatchTimes, Queue, Request
 

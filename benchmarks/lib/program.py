@@ -10,7 +10,6 @@ import json
 import multiprocessing.connection
 import os
 import random
-import re
 import signal
 import sys
 import threading
@@ -23,12 +22,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from gr00t_fast import measurement
+from gr00t_fast.base import measurement
+from gr00t_fast.base.console import progress_bar
+from gr00t_fast.base.contracts import NetworkName
+from gr00t_fast.base.errors import ConfigError, MissingExtraError
+from gr00t_fast.base.flags import help_text, parse_flags
 from gr00t_fast.cli.main import guarded
-from gr00t_fast.console import progress_bar
-from gr00t_fast.contracts import NetworkName
-from gr00t_fast.errors import ConfigError, MissingExtraError
-from gr00t_fast.flags import help_text, parse_flags
 
 EXIT_DIFFERS, EXIT_USAGE = 1, 2
 
@@ -88,23 +87,6 @@ def read_flags(config_class: type[Config], argv: Sequence[str] | None, doc: str)
     return config
 
 
-def size_of(text: str, flag: str = "resolution", least: int = 32) -> Size:
-    """`640x480` -> (640, 480): width and height. Raises ConfigError."""
-    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text.lower())
-    if found is None or min(int(found[1]), int(found[2])) < least:
-        raise ConfigError(f"--{flag}={text}: expected WIDTHxHEIGHT such as 640x480, each at least {least}.")
-    return int(found[1]), int(found[2])
-
-
-def check_counts(config: Any, *names: str, least: int = 1) -> None:
-    """Raises ConfigError for a count below `least`; None passes, and every value of a list is checked."""
-    for name in names:
-        value = getattr(config, name)
-        for each in value if isinstance(value, list) else [value]:
-            if each is not None and not each >= least:
-                raise ConfigError(f"--{name}={each}: must be at least {least}.")
-
-
 # --- where a result comes from, and what it is measured on ---------------------------------------------------------------------------------
 
 
@@ -118,7 +100,7 @@ def checkpoint_of(arguments: Any, size: str = "demo", resolution: Size = (640, 4
     cameras. Raises ConfigError."""
     if arguments.model_path:
         return Path(arguments.model_path)
-    from benchmarks.lib.random_checkpoint import SO100_CONFIGS, checkpoint_in
+    from gr00t_fast.virtual.random_checkpoint import SO100_CONFIGS, checkpoint_in
 
     asked = getattr(arguments, "data_config", None)
     data_config = asked if asked in SO100_CONFIGS else "so100"  # a class of the user's own names cameras; loading says if so100 has them not
@@ -201,7 +183,7 @@ def figure(value: float | None, digits: int = 2) -> str:
 @contextmanager
 def drawing(path: Path, title: str, rows: int = 1, columns: int = 1, size: tuple[float, float] = (8, 4), **options: Any) -> Iterator[Any]:
     """Axes (rows, columns) to draw on; a titled picture at `path` afterwards. Raises MissingExtraError without matplotlib."""
-    from gr00t_fast.errors import require
+    from gr00t_fast.base.errors import require
 
     require("matplotlib", "plots").use("Agg")
     import matplotlib.pyplot as plt

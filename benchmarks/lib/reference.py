@@ -25,14 +25,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from gr00t_fast.base.contracts import ModalityConfig, Policy
+from gr00t_fast.base.errors import CheckpointError, ConfigError, require
+from gr00t_fast.base.measurement import StageTimer
 from gr00t_fast.checkpoint import Checkpoint, open_checkpoint
-from gr00t_fast.contracts import ModalityConfig, Policy
 from gr00t_fast.engine import Engine
-from gr00t_fast.errors import CheckpointError, ConfigError, require
 from gr00t_fast.inputs.data_config import DataConfig
 from gr00t_fast.inputs.prompt import find_tokenizer
 from gr00t_fast.inputs.transforms import ActionTransform, StateTransform
-from gr00t_fast.measurement import StageTimer
 from gr00t_fast.model import ModelInputs
 from gr00t_fast.networks.n1d5 import EMBODIMENT_ROWS, IMAGE_TOKEN, PROMPT
 

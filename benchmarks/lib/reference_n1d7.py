@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.lib.reference import ReferenceEngine, read_weights
+from gr00t_fast.base.errors import MissingExtraError
+from gr00t_fast.base.measurement import StageTimer
 from gr00t_fast.checkpoint import open_checkpoint
-from gr00t_fast.errors import MissingExtraError
-from gr00t_fast.measurement import StageTimer
 from gr00t_fast.model import ModelInputs
 from gr00t_fast.model.vision import patches_of
 from gr00t_fast.networks.n1d7 import BACKBONE_FILE, CONFIG_FILE

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.lib.program import end_with_parent
-from gr00t_fast.contracts import Policy
-from gr00t_fast.errors import Gr00tFastError, ServerError
+from gr00t_fast.base.contracts import Policy
+from gr00t_fast.base.errors import Gr00tFastError, ServerError
 from gr00t_fast.serving.client import PolicyClient
 from gr00t_fast.serving.server import PolicyServer
 

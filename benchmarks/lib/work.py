@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from gr00t_fast.measurement import StageTimer
+from gr00t_fast.base.measurement import StageTimer
 from gr00t_fast.model import Gr00t
 from gr00t_fast.model.config import ModelConfig
 from gr00t_fast.model.siglip2 import Siglip2Tower

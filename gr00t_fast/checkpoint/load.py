@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from gr00t_fast.base.contracts import PolicyMetadata
+from gr00t_fast.base.errors import CheckpointError, ConfigError, closest
 from gr00t_fast.checkpoint.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, LoraDelta, TensorIndex, merge, read_adapter
 from gr00t_fast.checkpoint.tensor_file import TensorEntry, TensorFile
-from gr00t_fast.contracts import PolicyMetadata
-from gr00t_fast.errors import CheckpointError, ConfigError, closest
 from gr00t_fast.inputs.data_config import DataConfig, load_data_config
 from gr00t_fast.inputs.embodiment import Embodiment
 from gr00t_fast.model import Gr00t

@@ -21,8 +21,8 @@ from typing import Any
 
 from torch import Tensor
 
+from gr00t_fast.base.errors import CheckpointError
 from gr00t_fast.checkpoint.tensor_file import TensorEntry, TensorFile
-from gr00t_fast.errors import CheckpointError
 from gr00t_fast.networks.spec import NetworkSpec
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gr00t_fast.errors import CheckpointError
-from gr00t_fast.files import check_no_pointer
+from gr00t_fast.base.errors import CheckpointError
+from gr00t_fast.base.files import check_no_pointer
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 

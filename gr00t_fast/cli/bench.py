@@ -21,6 +21,21 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
+from gr00t_fast.base.console import progress_bar
+from gr00t_fast.base.errors import (
+    AT_LEAST_0,
+    AT_LEAST_1,
+    CheckpointError,
+    ConfigError,
+    EngineError,
+    Gr00tFastError,
+    MissingExtraError,
+    check_ranges,
+    closest,
+    install_command,
+    one_line,
+)
+from gr00t_fast.base.measurement import linux_says, peak_rss_bytes, percentiles, provenance
 from gr00t_fast.cli import export
 from gr00t_fast.cli.main import EXIT_ERROR, EXIT_OK, Command, end_on_sigterm, leave_result
 from gr00t_fast.cli.run import RunConfig
@@ -34,22 +49,7 @@ from gr00t_fast.cli.shared_flags import (
     PrecisionName,
     check_device,
 )
-from gr00t_fast.console import progress_bar
-from gr00t_fast.errors import (
-    AT_LEAST_0,
-    AT_LEAST_1,
-    CheckpointError,
-    ConfigError,
-    EngineError,
-    Gr00tFastError,
-    MissingExtraError,
-    check_ranges,
-    closest,
-    install_command,
-    one_line,
-)
 from gr00t_fast.inputs.dataset import MIN_FRAMES, draw, open_frames, read
-from gr00t_fast.measurement import linux_says, peak_rss_bytes, percentiles, provenance
 
 if TYPE_CHECKING:
     import torch

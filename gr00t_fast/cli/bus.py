@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from gr00t_fast.base.errors import ConfigError
+from gr00t_fast.base.flags import Flags, setting
 from gr00t_fast.cli.main import EXIT_ERROR, EXIT_OK, Command
-from gr00t_fast.errors import ConfigError
-from gr00t_fast.flags import Flags, setting
-from gr00t_fast.robots.virtual_bus import faults as fault_kinds
-from gr00t_fast.robots.virtual_bus.bus import ControlSocket, VirtualBus, send_command
-from gr00t_fast.robots.virtual_bus.faults import Fault
-from gr00t_fast.robots.virtual_bus.servo import Calibration, default_calibration, load_calibration, save_calibration
+from gr00t_fast.robots.calibration import Calibration, default_calibration, load_calibration, save_calibration
+from gr00t_fast.virtual.bus import faults as fault_kinds
+from gr00t_fast.virtual.bus.bus import ControlSocket, VirtualBus, send_command
+from gr00t_fast.virtual.bus.faults import Fault
 
 _CHECKPOINT = "outputs/demo/checkpoint"  # that of `make demo`
 
@@ -97,7 +97,7 @@ def _a_run(flags: str, scene: bool) -> list[str]:
     """Without a scene the servos come up in the middle of their ranges, not where the imagined recordings began: hence --preflight=warn."""
     flags += "" if scene else " --preflight=warn"
     return [
-        f"python -m benchmarks.lib.random_checkpoint --size=demo --overwrite --out={_CHECKPOINT}",
+        f"gr00t-fast random-checkpoint --size=demo --overwrite --out={_CHECKPOINT}",
         f'gr00t-fast run {flags} --robot.cameras="{{webcam: {{type: sim}}}}" --model_path={_CHECKPOINT} '
         '--lang_instruction="Place the block in the bowl" --timeout=10',
     ]
@@ -128,7 +128,7 @@ def serve(config: BusConfig) -> int:
     calibration, calibration_file = prepare_calibration(config)
     plant = None
     if config.scene is not None:
-        from gr00t_fast.robots.sim.simulation import ScenePlant
+        from gr00t_fast.virtual.sim.simulation import ScenePlant
 
         plant = ScenePlant(config.scene, config.seed)
     bus = VirtualBus(

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from gr00t_fast.base.errors import ConfigError
+from gr00t_fast.base.files import read_json
+from gr00t_fast.base.flags import setting
 from gr00t_fast.cli.main import EXIT_OK, Command, show
 from gr00t_fast.cli.shared_flags import OutputFlags
 from gr00t_fast.control.limits import GRIPPER
-from gr00t_fast.control.report import LIMITS, SCHEMA, SCHEMA_VERSION, Section, cell, flat, text_of
-from gr00t_fast.errors import ConfigError
-from gr00t_fast.files import read_json
-from gr00t_fast.flags import setting
+from gr00t_fast.record.report import LIMITS, SCHEMA, SCHEMA_VERSION, Section, cell, flat, text_of
 
 COMPARISON_SCHEMA, COMPARISON_VERSION = "gr00t_fast.run_comparison", 1
 _PLACES = ("out", "video", "overwrite", "display", "json", "quiet", "verbose")  # where a run goes to, not how it goes
@@ -39,7 +39,6 @@ _FIGURES = {
         "rate, first to last target (Hz)": "run.achieved_hz",
         "missed ticks": "pacing.missed_ticks",
         "ticks waiting for inference": "pacing.waiting_for_inference_ticks",
-        "underrun ticks": "controller.underrun_ticks",
         "tick error p50 (ms)": "pacing.tick_error_ms.p50",
         "tick error p99 (ms)": "pacing.tick_error_ms.p99",
         "inference p50 (ms)": "stages_ms.{infer}.p50",

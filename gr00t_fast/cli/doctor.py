@@ -24,19 +24,20 @@ from typing import Any
 
 import numpy as np
 
+from gr00t_fast.base.contracts import SO100_JOINTS, CameraSpec, JointUnit, Observation
+from gr00t_fast.base.errors import CheckpointError, ConfigError, Gr00tFastError, MissingExtraError, PreflightError, install_command, one_line
+from gr00t_fast.base.measurement import linux_says
 from gr00t_fast.cli.bench import obstacles
 from gr00t_fast.cli.main import EXIT_ERROR, EXIT_OK, Command, show
 from gr00t_fast.cli.run import RunConfig
 from gr00t_fast.cli.shared_flags import ArmFlags, OutputFlags, PolicyFlags, write_pictures
-from gr00t_fast.contracts import SO100_JOINTS, CameraSpec, JointUnit, Observation
 from gr00t_fast.control.binding import resolve_camera_map
 from gr00t_fast.control.camera_watch import SMALLEST, fault_of
 from gr00t_fast.control.limits import Poses
 from gr00t_fast.control.preflight import Preflight
-from gr00t_fast.errors import CheckpointError, ConfigError, Gr00tFastError, MissingExtraError, PreflightError, install_command, one_line
-from gr00t_fast.measurement import linux_says
-from gr00t_fast.robots import SO100FollowerConfig, SO100SimConfig, filmed, make_robot, rendered
+from gr00t_fast.robots import SO100FollowerConfig, SO100SimConfig, filmed, rendered
 from gr00t_fast.robots import lerobot_glue as glue
+from gr00t_fast.virtual import make_robot
 
 
 def _is_real(config: DoctorConfig) -> bool:
@@ -171,8 +172,8 @@ def arm(config: DoctorConfig) -> tuple[Rows, Any, Observation | None]:
             return rows, simulated, seen
     if not isinstance(robot, SO100FollowerConfig):
         return rows, None, None
+    from gr00t_fast.robots.calibration import load_calibration
     from gr00t_fast.robots.motor_state import examine
-    from gr00t_fast.robots.virtual_bus.servo import load_calibration
 
     specs = {name: CameraSpec(camera.width, camera.height, camera.fps) for name, camera in config.cameras.items()}
     unit: JointUnit = "degrees" if robot.use_degrees else "range_m100_100"
@@ -202,7 +203,7 @@ def arm(config: DoctorConfig) -> tuple[Rows, Any, Observation | None]:
     seen = Observation(glue.readings(positions, calibration, robot.use_degrees), {}, 0.0)
     with rows.trying("cameras", "the cameras of type sim cannot be drawn"):
         if drawn := rendered(robot.cameras):
-            from gr00t_fast.robots.sim.simulation import RenderedCameras
+            from gr00t_fast.virtual.sim.simulation import RenderedCameras
 
             seen.frames.update(RenderedCameras(drawn, unit).frames(seen.joints))
     return rows, known, seen
@@ -341,8 +342,8 @@ def _picture_size(config: DoctorConfig, found: Any, metadata: Any, rows: Rows) -
 
 def _exports(config: DoctorConfig, found: Any, picture: tuple[int, int] | None, rows: Rows) -> None:
     """Exports beside the checkpoint, and the one that --engine asks for: whole, and of this checkpoint?"""
+    from gr00t_fast.base.files import MANIFEST_NAME
     from gr00t_fast.engine import EXPORTED
-    from gr00t_fast.files import MANIFEST_NAME
 
     asked = None
     if config.engine in EXPORTED:

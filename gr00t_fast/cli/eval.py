@@ -25,18 +25,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gr00t_fast.base.console import progress_bar
+from gr00t_fast.base.contracts import SO100_JOINTS
+from gr00t_fast.base.errors import CheckpointError, ConfigError
+from gr00t_fast.base.measurement import percentiles, provenance
 from gr00t_fast.cli.main import EXIT_OK, Command, leave_result
 from gr00t_fast.cli.run import RunConfig
 from gr00t_fast.cli.shared_flags import OutputFlags, PolicyFlags
-from gr00t_fast.console import progress_bar
-from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.control.preflight import ASPECT_TOLERANCE, FPS_TOLERANCE, NORMALISED_LIMIT, RADIANS_LIMIT, SATURATED_EXTREMES, SATURATION_TOLERANCE
-from gr00t_fast.errors import CheckpointError, ConfigError
 from gr00t_fast.inputs.dataset import LeRobotFrames
-from gr00t_fast.measurement import percentiles, provenance
 
 if TYPE_CHECKING:
-    from gr00t_fast.contracts import PolicyMetadata
+    from gr00t_fast.base.contracts import PolicyMetadata
 
 RADIANS, GRIPPER = "radians", SO100_JOINTS[-1]
 UNITS, CAMERAS, RATE, TIMING, MODEL, FINE = "units/calibration", "cameras", "rate", "timing", "model", "looks fine: suspect the loop"

@@ -14,6 +14,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from gr00t_fast.base.errors import AT_LEAST_1, ConfigError, check_ranges, require
+from gr00t_fast.base.files import check_free, whole_directory
+from gr00t_fast.base.measurement import command_line, peak_rss_bytes, provenance
 from gr00t_fast.cli.main import EXIT_ERROR, EXIT_OK, Command, end_on_sigterm, show
 from gr00t_fast.cli.run import RunConfig
 from gr00t_fast.cli.shared_flags import (
@@ -26,11 +29,8 @@ from gr00t_fast.cli.shared_flags import (
     PrecisionName,
     check_device,
 )
-from gr00t_fast.errors import AT_LEAST_1, ConfigError, check_ranges, require
 from gr00t_fast.export import BuildOptions, CalibrationOptions, ExportPrecision, OnnxOptions, OutOptions, flags_given
-from gr00t_fast.files import check_free, whole_directory
 from gr00t_fast.inputs.dataset import MIN_FRAMES
-from gr00t_fast.measurement import command_line, peak_rss_bytes, provenance
 
 if TYPE_CHECKING:
     from gr00t_fast.checkpoint import Checkpoint

@@ -20,11 +20,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
-from gr00t_fast import console
-from gr00t_fast.console import CLOSED_TERMINAL, Console
+from gr00t_fast.base import console
+from gr00t_fast.base.console import CLOSED_TERMINAL, Console
+from gr00t_fast.base.errors import ConfigError, Gr00tFastError, closest
+from gr00t_fast.base.flags import help_text, parse_flags
 from gr00t_fast.control.pacer import SIGNAL_EXIT_BASE, StopRequested
-from gr00t_fast.errors import ConfigError, Gr00tFastError, closest
-from gr00t_fast.flags import help_text, parse_flags
 
 if TYPE_CHECKING:
     from gr00t_fast.cli.shared_flags import OutputFlags
@@ -47,6 +47,7 @@ COMMANDS = {
     "serve": ("serve:main", "answer policy clients over ZeroMQ or HTTP"),
     "bus": ("bus:main", "virtual servo bus of an SO-100 on a pseudo-terminal"),
     "sim": ("sim:main", "show the simulated scene, solved by a scripted expert"),
+    "random-checkpoint": ("random_checkpoint:main", "write a checkpoint with random weights"),
 }
 # Words of a subcommand that is gone -> what to do instead.
 GONE = {"calibrate": "the engine fp8 and its calibration are gone. For 8 bits use gr00t-fast quantise, for a GPU then --engine=tensorrt."}
@@ -153,7 +154,7 @@ def command(name: str) -> Callable[[Sequence[str]], int]:
 
 def overview(names: Sequence[str] = tuple(COMMANDS)) -> str:
     """The subcommands with a line each."""
-    rows = [f"  {name:<18}{COMMANDS[name][1]}" for name in names]
+    rows = [f"  {name:<19}{COMMANDS[name][1]}" for name in names]
     return "\n".join([f"usage: {NAME} COMMAND [--flag=value ...]", "", *rows, "", f"{NAME} COMMAND --help lists a command's flags."])
 
 
@@ -248,7 +249,7 @@ def leave(code: int) -> NoReturn:
     code of another thread runs (it may abort instead), so what is left to do at exit is then done here."""
     if console.stuck():
         os._exit(code)
-    controller: ModuleType | None = sys.modules.get("gr00t_fast.control.controller")  # without it no inference can be running
+    controller: ModuleType | None = sys.modules.get("gr00t_fast.control.planner")  # without it no inference can be running
     if controller is None or not controller.thread_left_running():
         sys.exit(code)
     sys.stdout.flush()

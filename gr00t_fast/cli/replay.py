@@ -16,16 +16,16 @@ from typing import Any
 
 import numpy as np
 
+from gr00t_fast.base.contracts import ActionPrefix, ModalityConfig, PartStatistics, Policy, PolicyMetadata, Robot
+from gr00t_fast.base.errors import AT_LEAST_0, ConfigError, check_ranges
+from gr00t_fast.base.flags import Flags
 from gr00t_fast.cli.main import Command
 from gr00t_fast.cli.run import EXITS, RecordedFacts, RunConfig, drive
 from gr00t_fast.cli.shared_flags import ArmFlags, RunOutputFlags, SafetyFlags
-from gr00t_fast.contracts import ActionPrefix, ModalityConfig, PartStatistics, Policy, PolicyMetadata, Robot
 from gr00t_fast.control.limits import SPEEDS_DEG_S, Poses
-from gr00t_fast.control.recorder import MODALITY, ROLLOUTS, dataset_directory
-from gr00t_fast.errors import AT_LEAST_0, ConfigError, check_ranges
-from gr00t_fast.flags import Flags
 from gr00t_fast.inputs.data_config import load_data_config
 from gr00t_fast.inputs.dataset import LeRobotFrames, read_map
+from gr00t_fast.record.recorder import MODALITY, ROLLOUTS, dataset_directory
 
 _PARTS = {"single_arm": 5, "gripper": 1}
 _PICTURES = "observation.images."  # begins the name of a camera's column

@@ -21,25 +21,27 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from gr00t_fast import flags
+from gr00t_fast.base import flags
+from gr00t_fast.base.contracts import Clock, LandingReport, Observation, Robot
+from gr00t_fast.base.errors import AT_LEAST_1, ConfigError, ServerUnreachableError, check_ranges
+from gr00t_fast.base.files import check_kept
+from gr00t_fast.base.flags import Flags
+from gr00t_fast.base.keyboard import Keys, keys_obstacle
 from gr00t_fast.cli.main import EXIT_ERROR, EXIT_OK, Command
 from gr00t_fast.cli.shared_flags import ArmFlags, PolicyFlags, RunOutputFlags, SafetyFlags, write_pictures
-from gr00t_fast.contracts import Clock, LandingReport, Observation, Robot
 from gr00t_fast.control.binding import RobotBinding, resolve_camera_map
-from gr00t_fast.control.controller import DEFAULT_MAX_HOLD_S, ChunkController, ControllerOptions
 from gr00t_fast.control.limits import Poses
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import FPS_RANGE, MonotonicClock, StopSignals
+from gr00t_fast.control.planner import DEFAULT_MAX_HOLD_S, Planner, PlannerOptions
 from gr00t_fast.control.preflight import Preflight
-from gr00t_fast.control.recorder import DatasetRecorder, dataset_directory, modality_of
-from gr00t_fast.control.report import Outputs
-from gr00t_fast.control.session import KEYS_HELP, Keys, Session, keys_obstacle, summary
-from gr00t_fast.control.views import View, display_target, display_view, video_view
-from gr00t_fast.errors import AT_LEAST_1, ConfigError, ServerUnreachableError, check_ranges
-from gr00t_fast.files import check_kept
-from gr00t_fast.flags import Flags
+from gr00t_fast.control.session import KEYS_HELP, Session
 from gr00t_fast.inputs.data_config import DEFAULT_DATA_CONFIG
 from gr00t_fast.inputs.dataset import read_recordings
+from gr00t_fast.record.progress import Progress, dry_run_table, summary
+from gr00t_fast.record.recorder import DatasetRecorder, dataset_directory, modality_of
+from gr00t_fast.record.report import Outputs
+from gr00t_fast.record.views import View, display_target, display_view, video_view
 from gr00t_fast.robots import SO100FollowerConfig
 from gr00t_fast.robots.lerobot_glue import device_faults
 
@@ -88,7 +90,6 @@ class MotionFlags(Flags):
     fps: float | None = None  # control rate; default: the rate at which the training data was recorded
     controller: Literal["auto", "sync", "threaded"] = "auto"  # sync: wait for inferences; threaded: move meanwhile; auto: what suits
     smoothing: Literal["none", "rtc", "prefix"] = "none"  # threaded: how a chunk joins the one before
-    when_late: Literal["hold", "resume"] = "hold"  # threaded: after holding for want of actions, catch up (hold) or go on where the arm stopped
     max_hold_s: float | Literal["auto"] | None = "auto"  # how long the arm holds for want of actions; auto: see docs/safety.md; null: no limit
     recordings: Path | None = None  # LeRobotDataset behind the checkpoint: how fast its targets change, and where its episodes begin
     poses: Poses = field(default_factory=Poses)
@@ -167,7 +168,7 @@ class RunConfig(RunOutputFlags, SafetyFlags, MotionFlags, TaskFlags, ArmFlags, S
             raise ConfigError(f"--{given[0]} belongs on the command line of the policy server.")
 
     def _check_motion(self) -> None:
-        controller_options(self)
+        planner_options(self)
         if self.recordings is None:
             self.poses.resolved(None)
         if self.poses.home_speed_deg_s != Poses.home_speed_deg_s and self.poses.home is None and self.poses.rest is None:
@@ -218,7 +219,7 @@ def drive(config: RunConfig, load_policy: Callable[[Robot, Callable[[str], None]
     """A run with the policy that `load_policy` makes, from the arm and a way to end the run (with the reason as a text); as `run`."""
     stop, say = StopSignals(), voice(config)
     with contextlib.ExitStack() as recording:  # closed last: what was recorded is saved whatever happens
-        with stop, stop.at_once():
+        with stop, stop.raise_at_once():
             check_kept([config.out / "report.json"] if config.out is not None else [], "--out", config.overwrite)
             check_kept([config.video] if config.video is not None else [], "--video", config.overwrite)
             robot = build_robot(config)
@@ -238,7 +239,7 @@ def drive(config: RunConfig, load_policy: Callable[[Robot, Callable[[str], None]
             loop = control_loop(config, policy, robot, fps, stop, begin, outputs, session)
             if policy.computes:
                 say("warming up ...")
-            loop.controller.warm_up()
+            loop.planner.warm_up()
             if recorder is not None:
                 recorder.wait_until_ready()
             say(summary(policy, robot.name, fps, config.action_horizon, config.lang_instruction))
@@ -260,8 +261,11 @@ def drive(config: RunConfig, load_policy: Callable[[Robot, Callable[[str], None]
                 failing = sys.exc_info()[0] is not None
                 warnings = [*preflight.warnings, *(recorder.warnings if recorder is not None else [])]
                 outputs.write(loop, settings_of(config), warnings, failing, preflight.notes)
+                if loop.trace.dry_run is not None:
+                    seen, target, limited = loop.trace.dry_run
+                    table, frames = dry_run_table(robot.joint_names, seen.joints, target, limited), seen.frames
+                    say(table)
                 if config.out is not None and loop.trace.dry_run is not None:
-                    table, frames = loop.trace.dry_run
                     sizes = {name: f"{frame.shape[1]}x{frame.shape[0]}" for name, frame in frames.items()}
                     say(write_pictures(frames, sizes, config.out, "dry_run.txt", table + "\n"))
         powered = not loop.trace.landing.safe  # it may be: worse than whatever else happened
@@ -296,7 +300,8 @@ def views(config: RunConfig, robot: Robot, fps: float) -> list[View]:
 
 def build_robot(config: RunConfig) -> Robot:
     """The arm, not yet connected: a wrong port, a missing calibration or camera is found out here, before weights are read."""
-    from gr00t_fast.robots import check_ready, make_robot
+    from gr00t_fast.robots import check_ready
+    from gr00t_fast.virtual import make_robot
 
     check_ready(config.robot)
     for fault in device_faults(config.robot).values():
@@ -349,7 +354,7 @@ def control_loop(
     camera_map = resolve_camera_map(robot.cameras, metadata.resolutions, config.camera_map)
     policy.expect_cameras({camera_map[name]: (camera.width, camera.height) for name, camera in robot.cameras.items() if name in camera_map})
     binding = RobotBinding(policy.get_modality_config(), metadata.state_widths, metadata.action_widths, robot.joint_names, camera_map, fps)
-    controller = build_controller(config, policy, binding, clock, fps)
+    planner = build_planner(config, policy, binding, clock, fps)
     recordings = None if config.recordings is None else read_recordings(config.recordings, robot.joint_names)
     safety = replace(config.safety, recorded_units_s=recordings and tuple(recordings.fastest_units_s.tolist()))
     poses = config.poses.resolved(recordings and tuple(recordings.begin.tolist()))
@@ -363,25 +368,25 @@ def control_loop(
         reset_time_s(config),
         config.camera_fault,
         poses,
-        tell_inferences=policy.computes,
     )
+    observers = [*outputs.observers, Progress(voice(config), tell_inferences=policy.computes)]
 
     def connected(observation: Observation) -> None:
         for step in begin:
             step(observation)
 
-    return ControlLoop(robot, controller, options, clock, stop, connected, outputs.observers, echo=voice(config), session=session)
+    return ControlLoop(robot, planner, options, clock, stop, connected, observers, echo=voice(config), session=session)
 
 
-def build_controller(config: RunConfig, policy: Any, binding: RobotBinding, clock: Clock, fps: float) -> ChunkController:
+def build_planner(config: RunConfig, policy: Any, binding: RobotBinding, clock: Clock, fps: float) -> Planner:
     """`policy` is anything that yields actions: the network in this process, or a client of a server elsewhere, which may be away for a while."""
     recoverable = (ServerUnreachableError,) if config.server else ()
-    said, options = config.lang_instruction, controller_options(config)
-    return ChunkController(policy, binding, said, clock, fps, options, recoverable=recoverable, echo=voice(config))
+    said, options = config.lang_instruction, planner_options(config)
+    return Planner(policy, binding, said, clock, fps, options, recoverable=recoverable, echo=voice(config))
 
 
-def controller_options(config: RunConfig) -> ControllerOptions:
-    return ControllerOptions(config.controller, config.smoothing, config.when_late, max_hold_s(config), config.action_horizon)
+def planner_options(config: RunConfig) -> PlannerOptions:
+    return PlannerOptions(config.controller, config.smoothing, max_hold_s(config), config.action_horizon)
 
 
 def say(text: str) -> None:

@@ -12,10 +12,10 @@ import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
+from gr00t_fast.base.errors import ConfigError, ServerError, require
 from gr00t_fast.cli.main import EXIT_OK, Command
 from gr00t_fast.cli.run import RunConfig
 from gr00t_fast.cli.shared_flags import PolicyFlags
-from gr00t_fast.errors import ConfigError, ServerError, require
 from gr00t_fast.serving.client import PING_TIMEOUT_S, PolicyClient
 from gr00t_fast.serving.service import check_free, status_line
 from gr00t_fast.serving.wire import tcp_address

@@ -11,13 +11,13 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from gr00t_fast.contracts import MAX_FRAME_PX, MIN_FRAME_PX
+from gr00t_fast.base.contracts import MAX_FRAME_PX, MIN_FRAME_PX
+from gr00t_fast.base.errors import AT_LEAST_0, AT_LEAST_1, ConfigError, check_ranges, closest
+from gr00t_fast.base.flags import OUTPUTS, Flags, setting
 from gr00t_fast.control.camera_watch import CameraFault
 from gr00t_fast.control.limits import SafetyOptions
-from gr00t_fast.control.views import WINDOW, display_target
-from gr00t_fast.errors import AT_LEAST_0, AT_LEAST_1, ConfigError, check_ranges, closest
-from gr00t_fast.flags import OUTPUTS, Flags, setting
 from gr00t_fast.inputs.data_config import load_data_config
+from gr00t_fast.record.views import WINDOW, display_target
 from gr00t_fast.robots import RobotConfig, SO100FollowerConfig, rendered
 from gr00t_fast.robots.lerobot_glue import check_numbers
 

@@ -9,14 +9,14 @@ from typing import Literal
 
 import numpy as np
 
+from gr00t_fast.base.errors import AT_LEAST_0, ConfigError, check_ranges, require
+from gr00t_fast.base.files import check_kept
+from gr00t_fast.base.flags import Flags
 from gr00t_fast.cli.main import Command
-from gr00t_fast.errors import AT_LEAST_0, ConfigError, check_ranges, require
-from gr00t_fast.files import check_kept
-from gr00t_fast.flags import Flags
-from gr00t_fast.robots.sim.expert import expert
-from gr00t_fast.robots.sim.rendering import write_video
-from gr00t_fast.robots.sim.scene import Task
-from gr00t_fast.robots.sim.simulation import TICK_S, Simulation
+from gr00t_fast.virtual.sim.expert import expert
+from gr00t_fast.virtual.sim.rendering import write_video
+from gr00t_fast.virtual.sim.scene import Task
+from gr00t_fast.virtual.sim.simulation import TICK_S, Simulation
 
 
 @dataclass(kw_only=True)

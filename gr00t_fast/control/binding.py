@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from gr00t_fast.contracts import ActionChunk, ModalityConfig, Observation
-from gr00t_fast.errors import ObservationError, PreflightError, UnsafeActionError, closest
+from gr00t_fast.base.contracts import ActionChunk, ModalityConfig, Observation
+from gr00t_fast.base.errors import ObservationError, PreflightError, UnsafeActionError, closest
 
 
 def resolve_camera_map(robot_cameras: Iterable[str], policy_cameras: Iterable[str], requested: Mapping[str, str] | None) -> dict[str, str]:

@@ -12,8 +12,8 @@ from typing import Literal
 
 import numpy as np
 
-from gr00t_fast.contracts import Observation
-from gr00t_fast.errors import CameraError
+from gr00t_fast.base.contracts import Observation
+from gr00t_fast.base.errors import CameraError
 
 CameraFault = Literal["warn", "land"]
 CHECK_EVERY_S = 0.25

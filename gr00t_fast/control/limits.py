@@ -13,9 +13,9 @@ from typing import Literal
 
 import numpy as np
 
-from gr00t_fast.contracts import SO100_JOINTS, MotorLoads, Robot
-from gr00t_fast.errors import ConfigError, PreflightError, UnsafeActionError, check_ranges
-from gr00t_fast.flags import setting
+from gr00t_fast.base.contracts import SO100_JOINTS, MotorLoads, Robot
+from gr00t_fast.base.errors import ConfigError, PreflightError, UnsafeActionError, check_ranges
+from gr00t_fast.base.flags import setting
 
 # One and a half times the fastest change of a target seen in a public recording of a real SO-101 (7.7 units per tick at 30 Hz), rounded up: clips no
 # ordinary motion, and turns a leap between two chunks into a ramp about as steep as an STS3215 can turn (270 to 290 degrees a second without load).
@@ -28,8 +28,7 @@ SPEED_UP_S = 1.0
 MAX_HELD_TICKS = 10
 HOME_SPEED_DEG_S = 30.0  # of slow moves: a third of a turn in four seconds, slow enough to see where it goes
 # How far a goal may be ahead of a joint that stands still: one that is held up would otherwise wind its goal ahead and leap when it is free. One that
-# moves lags: real arms follow 0.13 to 0.2 s behind, and readings are up to a tick old. The rest of a larger step follows as the joint comes after
-# (`again`).
+# moves lags: real arms follow 0.13 to 0.2 s behind, and readings are up to a tick old. The rest of a larger step follows as the joint comes after.
 DEFAULT_MAX_FOLLOWING_ERROR_DEG = 15.0
 LAG_S = 0.3
 STEP_SHARE = 0.9  # of the step that the arm lets through: it reads its joints anew, and an encoder's step is no reason to change the goal
@@ -40,6 +39,11 @@ ARRIVED_DEG = 3.0  # gravity and friction leave a servo so far from its goal
 STILL_DEG = 1.0
 FREE_DEG = 3.0  # so far towards its goal, a blocked joint moves again
 BLOCKED_WARN_S, BLOCKED_END_S = 2.0, 5.0  # without readings of the motors' push; with them a joint is found sooner
+# A joint that stands still before its goal and pushes, or draws, so much is blocked. An STS3215 drives its motor with gain * 0.166 per radian of
+# error (Rhoban's project bam, with an oscilloscope): at lerobot's gain of 16 a goal that is ahead by the following error limit of 15 degrees makes
+# 70 %, and its own protection trips at 80 % for 2 s. An SO-101 stretched out level, the worst case of gravity, needs about 45 % (0.39 kg, centre at
+# 0.22 m, of 1.9 Nm at 7.4 V: an estimate, no arm was measured). The current is 60 % of the servo's stall current (2.4 to 2.7 A).
+STALL_LOAD_PERCENT, STALL_CURRENT_MA = 60.0, 1500.0
 
 
 @dataclass(frozen=True)
@@ -52,25 +56,13 @@ class SafetyOptions:
 
     max_speed_deg_s: float | Literal["auto"] | None = "auto"  # how fast targets may change; auto: 350, with --recordings less; null: no limit
     max_following_error_deg: float | None = DEFAULT_MAX_FOLLOWING_ERROR_DEG  # how far a goal may be ahead of a joint at rest; null: no limit
-    # An STS3215 drives its motor with gain * 0.166 per radian of error (Rhoban's project bam, with an oscilloscope): at lerobot's gain of 16 a goal
-    # that is ahead by the following error limit of 15 degrees makes 70 %, and its own protection trips at 80 % for 2 s. An SO-101 stretched out
-    # level, the worst case of gravity, needs about 45 % (0.39 kg, centre at 0.22 m, of 1.9 Nm at 7.4 V: an estimate, no arm was measured).
-    stall_load_percent: float | None = 60.0  # a joint that stands still before its goal and pushes so hard is blocked
-    # 60 % of an STS3215's stall current (2.4 to 2.7 A).
-    stall_current_ma: float | None = 1500.0  # a joint that draws so much meanwhile is blocked too; null: not judged by that
     # A start from rest takes 0.2 s; a suspect is asked every 0.4 s, so that it is found within 1.2 s.
     stall_after_s: float | None = 0.7  # how long it is blocked before it is held where it stands; null: no protection
     recorded_units_s: tuple[float, ...] | None = setting(None, flag=False)
 
     def __post_init__(self) -> None:
         """Raises ConfigError for what makes no sense, generously: beyond, the arm would stand still or push for days."""
-        check_ranges(self, max_speed_deg_s=(1.0, 1e4), max_following_error_deg=(1.0, 360.0))
-        check_ranges(self, stall_load_percent=(5.0, 100.0), stall_current_ma=(50.0, 1e4), stall_after_s=(0.05, 60.0))
-
-    @property
-    def finds_stalls(self) -> bool:
-        """Whether joints are held that push hard and stand still, where the robot measures how hard its motors push."""
-        return self.stall_after_s is not None and (self.stall_load_percent is not None or self.stall_current_ma is not None)
+        check_ranges(self, max_speed_deg_s=(1.0, 1e4), max_following_error_deg=(1.0, 360.0), stall_after_s=(0.05, 60.0))
 
     def speed_limit_deg_s(self, units_per_deg: np.ndarray) -> float:
         """Degrees of the shaft a second; infinite without a limit."""
@@ -82,11 +74,11 @@ class SafetyOptions:
         return min(DEFAULT_MAX_SPEED_DEG_S, RECORDED_SPEED_TIMES * fastest_deg_s or np.inf)
 
 
-class SafetyFilter:
-    """Passes targets on, changed as little as safety asks, and counts every change.
+class Limits:
+    """Passes targets on, changed as little as safety asks, and counts every change: `read` what was measured, `apply` once a tick.
 
-    fps: targets a second, as they come at present. held_ticks: targets with NaN or infinity, replaced by the last one sent.
-    clamped, speed_limited, following_limited: int64 (J,), how often each joint's target was changed. blocked: which joints are, and were.
+    held_ticks: targets with NaN or infinity, replaced by the last goal. clamped, speed_limited, following_limited: int64 (J,), in how many ticks each
+    joint's target was changed. blocked: which joints are, and were. wanted: (J,) the last target within the calibrated range.
     """
 
     def __init__(
@@ -95,16 +87,16 @@ class SafetyFilter:
         joint_names: tuple[str, ...],
         options: SafetyOptions | None = None,
         *,
-        fps: float,
+        period_s: float,
         units_per_deg: np.ndarray,
         slow_deg_s: float = HOME_SPEED_DEG_S,
         max_step: np.ndarray | None = None,
         echo: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """`limits` (J, 2), lowest and highest target in joint units; `units_per_deg` (J,) how many of these a degree of the shaft is; `fps` targets a
-        second; `slow_deg_s` the speed limit right after a start; `max_step` (J,) how far from a joint the arm lets its goal be (Robot.max_step);
-        `echo` is told of a joint that is blocked. Raises ConfigError when the limits make no sense."""
-        self.options, self.joint_names, self.fps = options or SafetyOptions(), joint_names, fps
+        """`limits` (J, 2), lowest and highest target in joint units; `units_per_deg` (J,) how many of these a degree of the shaft is; `period_s`
+        between two ticks; `slow_deg_s` the speed limit right after a start; `max_step` (J,) how far from a joint the arm lets its goal be
+        (Robot.max_step); `echo` is told of a joint that is blocked. Raises ConfigError when the limits make no sense."""
+        self.options, self.joint_names, self._period_s = options or SafetyOptions(), joint_names, period_s
         self._limits = np.array(limits, np.float64)
         if self._limits.shape != (len(joint_names), 2) or not (np.isfinite(self._limits).all() and (self._limits[:, 0] < self._limits[:, 1]).all()):
             raise ConfigError(
@@ -113,7 +105,6 @@ class SafetyFilter:
         self._units_per_deg = np.asarray(units_per_deg, np.float64)
         self.max_speed_deg_s = self.options.speed_limit_deg_s(self._units_per_deg)
         self._slow_deg_s = min(slow_deg_s, self.max_speed_deg_s)
-        self._moved_s, self._moving_since_s = 0.0, -np.inf  # since the first target after a start; -inf: there was none yet
         self._following_deg = self.options.max_following_error_deg
         self._arms_own = np.inf if max_step is None else STEP_SHARE * max_step
         self.blocked = BlockedJoints(joint_names, self.options, self._units_per_deg, echo)
@@ -123,31 +114,31 @@ class SafetyFilter:
 
     @property
     def last(self) -> np.ndarray:
-        """The last target that was let through (J,), or the measured pose at `start`. Raises RuntimeError before `start`."""
+        """The last goal that was let through (J,), or the measured pose at `start`. Raises RuntimeError before `start`."""
         if self._last is None:
-            raise RuntimeError("SafetyFilter.start(measured) must come before the first target")
+            raise RuntimeError("Limits.start(measured) must come before the first target")
         return self._last.copy()
 
     def protect(self) -> None:
         """For the move before the torque goes off, which nobody may be watching: following error and stall protection are on, also where they were
         switched off, and a joint that is blocked does not end it (`Move` has an end in time)."""
         self._following_deg = self._following_deg or DEFAULT_MAX_FOLLOWING_ERROR_DEG
-        self.blocked.options = self.options if self.options.finds_stalls else SafetyOptions()
+        self.blocked.after_s = self.options.stall_after_s or SafetyOptions.stall_after_s
         self.blocked.ends_run = False
 
     def start(self, measured: np.ndarray, goal: np.ndarray | None = None) -> None:
-        """Begin an episode at the measured pose (J,): the first target is limited, or held, relative to it, or to the `goal` (J,) that the motors
-        still have (a gripper squeezes what it holds). Raises UnsafeActionError."""
+        """Begin at the measured pose (J,): the first target is limited, or held, relative to it, or to the `goal` (J,) that the motors still have (a
+        gripper squeezes what it holds). Raises UnsafeActionError."""
         measured = self._checked_shape(measured, "the measured pose")
         if not np.isfinite(measured).all():
             raise UnsafeActionError(f"the arm reports the pose {measured.tolist()}, which is not finite; nothing was sent. Check the bus.")
-        self._last = self._goal = self._target = measured if goal is None else goal  # sent; within the speed limit; before it
+        self.wanted = self._goal = self._last = measured if goal is None else goal  # wanted, within the speed limit, sent
         self._measured, self._measured_s = measured, -np.inf
         self._speed = np.zeros_like(measured)  # joint units a second
         self._speed_from, self._speed_from_s = measured, -np.inf
         self._held_in_a_row = 0
         self.blocked.reset()
-        self.speed_up_anew()
+        self.slow_start()
 
     def start_anew(self, measured: np.ndarray) -> None:
         """As `start`, after a gap: a gripper that is near its goal keeps it, for it may hold something."""
@@ -156,64 +147,60 @@ class SafetyFilter:
         gripper = np.array([name == GRIPPER for name in self.joint_names])
         self.start(measured, np.where(gripper & near, last, measured))
 
-    def speed_up_anew(self) -> None:
-        """The arm stands still: from the next target on the speed limit grows from the slow one to its maximum, in SPEED_UP_S."""
-        self._moved_s, self._moving_since_s = 0.0, -np.inf
+    def stay(self) -> None:
+        """What was wanted is over: the last goal is."""
+        self.wanted = self._goal = self.last
 
-    def _speed_limit_deg_s(self) -> float:
-        """Of the target that comes now."""
-        if not math.isfinite(self._moving_since_s):
-            self._moving_since_s = self._measured_s
-        self._moved_s = max(self._moved_s + 1 / self.fps, self._measured_s - self._moving_since_s)  # with the pauses between chunks
-        if self._moved_s >= SPEED_UP_S or math.isinf(self.max_speed_deg_s):
-            return self.max_speed_deg_s
-        return self._slow_deg_s + (self.max_speed_deg_s - self._slow_deg_s) * self._moved_s / SPEED_UP_S
+    def slow_start(self) -> None:
+        """From the next target on the speed limit grows from the slow one to its maximum, in SPEED_UP_S."""
+        self._moving_ticks = 0
 
-    def measured(self, joints: np.ndarray, time_s: float, loads: MotorLoads | None = None) -> bool:
-        """Take note of the pose (J,) measured at `time_s`: goals stay within the following error of it. With `loads` a blocked joint is found.
-        Returns whether the last goal should be another one now, `again`."""
+    def read(self, joints: np.ndarray, time_s: float, loads: MotorLoads | None = None) -> None:
+        """Take note of the pose (J,) measured at `time_s`: goals stay within the following error of it. With `loads` a blocked joint is found."""
         if self._last is None:
-            return False
+            return
         measured = self._checked_shape(joints, "the measured pose")
         if time_s - self._speed_from_s >= SHORTEST_S:
             self._speed = (measured - self._speed_from) / (time_s - self._speed_from_s)  # 0 for the first one
             self._speed_from, self._speed_from_s = measured, time_s
         self._measured, self._measured_s = measured, time_s
-        found = np.zeros(len(measured), bool) if loads is None else self.blocked.find(measured, self._last, loads, time_s)
-        self._last, self._goal = np.where(found, measured, self._last), np.where(found, measured, self._goal)
-        return bool(found.any()) or not np.array_equal(self._within_reach(self._goal), self._last)
+        if loads is not None:
+            found = self.blocked.find(measured, self._last, loads, time_s)
+            self._goal, self._last = np.where(found, measured, self._goal), np.where(found, measured, self._last)
 
-    def again(self) -> np.ndarray:
-        """The goal (J,) float64 of the last target once more, after a look between two: as near to it as the joints are by now. Raises
-        UnsafeActionError as for a target."""
-        self._last = self._within_reach(self._goal)
-        if math.isfinite(self._measured_s) and self._following_deg is not None:
-            far = np.abs(self._target - self._measured) > self._following_deg * self._units_per_deg
-            self.blocked.watch(self._measured, self._target, far & (self._last != self._goal), self._measured_s)
-        return self._last.copy()
-
-    def __call__(self, target: np.ndarray) -> np.ndarray:
-        """Return the target (J,) float64 that may be sent.
+    def apply(self, target: np.ndarray | None) -> np.ndarray:
+        """The goal (J,) float64 that may be sent in this tick for a target (J,); None: for the last one.
 
         Raises UnsafeActionError for a wrong shape, when more than MAX_HELD_TICKS targets in a row were not finite, and when a joint has been
         blocked for BLOCKED_END_S.
         """
         last = self.last
-        target = self._checked_shape(target, "a target")
-        if not np.isfinite(target).all():
-            return self._hold(target)
-        self._held_in_a_row = 0
-        inside = target.clip(self._limits[:, 0], self._limits[:, 1])
-        self.clamped += inside != target
-        self._target = self.blocked.hold(inside)
-        step = self._speed_limit_deg_s() / self.fps * self._units_per_deg  # (J,) joint units a tick
-        too_fast = np.abs(self._target - last) > step
+        if target is not None:
+            target = self._checked_shape(target, "a target")
+            if not np.isfinite(target).all():
+                return self._hold(target)
+            self._held_in_a_row = 0
+            inside = target.clip(self._limits[:, 0], self._limits[:, 1])
+            self.clamped += inside != target
+            self.wanted = inside
+        self._moving_ticks += target is not None or self._moving_ticks > 0
+        wanted = self.wanted = self.blocked.hold(self.wanted)
+        step = self._speed_limit_deg_s() * self._period_s * self._units_per_deg  # (J,) joint units a tick
+        too_fast = np.abs(wanted - last) > step
         self.speed_limited += too_fast
-        # the unchanged ones exactly, without the rounding of a sum
-        self._goal = np.where(too_fast, last + np.copysign(step, self._target - last), self._target)
-        sent = self.again()
+        self._goal = np.where(too_fast, last + np.copysign(step, wanted - last), wanted)  # the others exactly, without the rounding of a sum
+        self._last = sent = self._within_reach(self._goal)
         self.following_limited += sent != self._goal
-        return sent
+        if math.isfinite(self._measured_s) and self._following_deg is not None:
+            far = np.abs(wanted - self._measured) > self._following_deg * self._units_per_deg
+            self.blocked.watch(self._measured, wanted, far & (sent != self._goal), self._measured_s)
+        return sent.copy()
+
+    def _speed_limit_deg_s(self) -> float:
+        share = self._moving_ticks * self._period_s / SPEED_UP_S
+        if share >= 1 or math.isinf(self.max_speed_deg_s):
+            return self.max_speed_deg_s
+        return self._slow_deg_s + (self.max_speed_deg_s - self._slow_deg_s) * share
 
     def _hold(self, target: np.ndarray) -> np.ndarray:
         self.held_ticks += 1
@@ -254,7 +241,7 @@ class BlockedJoints:
 
     def __init__(self, joint_names: tuple[str, ...], options: SafetyOptions, units_per_deg: np.ndarray, echo: Callable[[str], None]) -> None:
         """`units_per_deg` (J,); `echo` is told when a joint is held, when it is free, and when it does not follow."""
-        self.options, self.ends_run = options, True
+        self.after_s, self.ends_run = options.stall_after_s, True
         self._names, self._echo = joint_names, echo
         self._ahead, self._still, self._free = (degrees * units_per_deg for degrees in (ARRIVED_DEG, STILL_DEG, FREE_DEG))
         self._judged = np.array([name != GRIPPER for name in joint_names])
@@ -285,16 +272,16 @@ class BlockedJoints:
         begins = ~same & ~self.held
         self._at, self._way = np.where(begins, measured, self._at), np.where(begins, way, self._way)
         self._hard_since_s[begins] = np.nan
-        if not self.options.finds_stalls:
+        if self.after_s is None:
             return np.zeros_like(self.held)
         # An old reading says nothing about the present: only those that are new since the last look count, and it takes two.
         new = loads.time_s > np.where(np.isnan(self._read_s), -np.inf, self._read_s)
         self._read_s = loads.time_s
-        hard = (loads.percent >= (self.options.stall_load_percent or np.inf)) | (loads.current_ma >= (self.options.stall_current_ma or np.inf))
+        hard = (loads.percent >= STALL_LOAD_PERCENT) | (loads.current_ma >= STALL_CURRENT_MA)
         self._hard_since_s[new & ~hard] = np.nan
         suspect = new & hard & pushing
         self._hard_since_s = np.where(suspect & np.isnan(self._hard_since_s), loads.time_s, self._hard_since_s)
-        found = suspect & self._judged & ~self.held & (loads.time_s - self._hard_since_s >= self.options.stall_after_s)
+        found = suspect & self._judged & ~self.held & (loads.time_s - self._hard_since_s >= self.after_s)
         for index in np.flatnonzero(found):
             self._hold(index, measured[index], goal[index], loads, now_s)
         return found
@@ -348,7 +335,6 @@ class BlockedJoints:
 SETTLE_S = 1.0  # a servo trails its target by 0.13 to 0.2 s
 SPEEDS_DEG_S = (1.0, 180.0)  # slower, a move would take minutes to hours; faster, it is no slow move
 _SLOWEST = 0.2  # of the speed asked for
-MOVE_HZ = 30.0  # whatever rate the run has: at 2 Hz a slow move would be one of leaps, at 200 a slow line would let half of the ticks go by
 _LONGEST_TIMES, _LONGEST_SLACK_S = 3.0, 6.0  # a move ends, also where a joint comes no nearer; a blocked one is noticed before (BLOCKED_END_S)
 _TRAILS_S = 0.2  # behind its goal, of which an arm that cuts off larger steps lets through no more than one: that bounds its speed
 _SLACK_DEG = 2.0  # a pose recorded at the end of a joint's travel may lie a little outside the calibrated range
@@ -401,22 +387,22 @@ class Poses:
 
 
 class Move:
-    """From wherever the last target is to a pose, in MOVE_HZ steps a second or as many as the arm's line can take: first the body, all its joints
-    arriving together, then the gripper, which may hold something that must not fall on the way."""
+    """From wherever the last goal is to a pose, a step in each tick: first the body, all its joints arriving together, then the gripper, which may
+    hold something that must not fall on the way."""
 
-    def __init__(self, pose: Pose, start: np.ndarray, robot: Robot, speed_deg_s: float) -> None:
-        """`start` (J,): the last target."""
-        self.pose = np.clip(np.array(pose, np.float64), robot.joint_limits[:, 0], robot.joint_limits[:, 1])
-        step = speed_deg_s / MOVE_HZ * robot.units_per_deg  # (J,)
+    def __init__(self, pose: Pose, start: np.ndarray, robot: Robot, speed_deg_s: float, period_s: float) -> None:
+        """`start` (J,): the last goal. `period_s` between two ticks."""
+        self.pose, self._period_s = np.clip(np.array(pose, np.float64), robot.joint_limits[:, 0], robot.joint_limits[:, 1]), period_s
+        step = speed_deg_s * period_s * robot.units_per_deg  # (J,)
         if robot.max_step is not None:
-            step = np.minimum(step, robot.max_step / _TRAILS_S / MOVE_HZ)
+            step = np.minimum(step, robot.max_step / _TRAILS_S * period_s)
         self._near = ARRIVED_DEG * robot.units_per_deg
         self._body = np.array([name != GRIPPER for name in robot.joint_names])
         way = np.abs(self.pose - start)
         ticks = np.ceil(way / step - 1e-9)  # (J,)
         body_ticks = int(max(ticks[self._body], default=0))
         self.ticks = body_ticks + int(max(ticks[~self._body], default=0))
-        self._most_ticks = math.ceil(_LONGEST_TIMES * self.ticks + _LONGEST_SLACK_S * MOVE_HZ)
+        self._most_ticks = math.ceil(_LONGEST_TIMES * self.ticks + _LONGEST_SLACK_S / period_s)
         # A joint that the limits hold back does not slow the others; one that was pushed off its way comes back.
         self._steps = np.maximum(way / max(1, body_ticks), _SLOWEST * step)
         self._steps[~self._body] = step[~self._body]
@@ -439,7 +425,7 @@ class Move:
         reached = np.isclose(last, self.pose) | stalled
         ready = reached | (~self._body & (last == self._before))
         self._settled, self._before = (self._settled + 1 if ready[self._moving].all() else 0), last
-        if (reached & ~self.away(measured))[self._moving].all() or self._settled > SETTLE_S * MOVE_HZ:
+        if (reached & ~self.away(measured))[self._moving].all() or self._settled * self._period_s > SETTLE_S:
             if self._moving is not self._body:
                 return True
             self._moving, self._settled = ~self._body, 0

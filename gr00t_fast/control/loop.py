@@ -1,13 +1,15 @@
-"""The control loop: observe, infer, send, wait - then put the arm down and release it.
+"""The control loop: one state machine that ticks from the first connection until the arm is let go.
 
-It knows neither the network nor the servo bus: targets come from a Controller, the arm is a Robot, time is a Clock.
+Every tick, at its absolute deadline: what has come in, the target of the present mode, the limits, one send, one observation; then the planner, those
+who look on, and one wait. Whatever the arm waits for (an inference, a cable, a person, a recording that is saved) is a mode, see modes.py.
+
+It knows neither the network nor the servo bus: targets come from a Planner, the arm is a Robot, time is a Clock.
 """
 
 from __future__ import annotations
 
 import gc
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -15,32 +17,33 @@ from typing import Protocol
 
 import numpy as np
 
-from gr00t_fast.contracts import ActionChunk, Clock, Observation, Robot
+from gr00t_fast.base.contracts import ActionChunk, Clock, Observation, Robot
+from gr00t_fast.base.errors import ArmAwayError, BusFault, ConfigError, MissedReadingError, ObservationError, UnsafeActionError
 from gr00t_fast.control.camera_watch import CameraFault, CameraWatch
-from gr00t_fast.control.chunk_buffer import RunTrace, TickRecord
-from gr00t_fast.control.controller import GAP_S, ChunkController
-from gr00t_fast.control.limits import ARRIVED_DEG, MOVE_HZ, Move, Pose, Poses, SafetyFilter, SafetyOptions
+from gr00t_fast.control.limits import ARRIVED_DEG, Limits, Move, Pose, Poses, SafetyOptions
+from gr00t_fast.control.modes import ENDS, Event, Mode, after
 from gr00t_fast.control.pacer import Pacer, StopRequested, StopSignals
-from gr00t_fast.control.session import ProgressLine, Session, dry_run_table
-from gr00t_fast.errors import BusFault, ConfigError, ObservationError, RobotError, UnsafeActionError
+from gr00t_fast.control.planner import DueTarget, Planner
+from gr00t_fast.control.session import Session
+from gr00t_fast.control.trace import RunTrace, TickRecord
 
-_REMEMBERED_PLANS = 8  # about two seconds of chunks: a spike is forgotten soon
-_LEAD_MARGIN_S = 0.001
-_LOOK_EVERY_S = 0.04  # at rates below 13 Hz
-_STILL_LOOK_S = 0.2  # while an inference is waited for: the arm has come to rest, or something blocks it
-_OUTAGES = ("reconnect", "torque_restored")  # events of an arm that was out of our hands for a while
+TICK_HZ = 30.0  # at least: a policy of a lower rate has several ticks to an action, so that keys, limits and watchdog keep theirs
+# A loop that was held up for so long (a program that was stopped, a camera that hung) looks at the arm anew, and what was planned before is over.
+GAP_S = 0.5
+PATIENCE_S = 0.5  # without a reading or a send that worked for so long, the bus counts as faulty; the arm meanwhile holds its last goal
+_SKIPPED_S = 0.15  # more missed ticks in a row than this: the speed limit grows anew
+_TROUBLES = 3  # of the bus's surroundings (a watchdog that has ended, a hot servo) that the move down survives
 # How long a finished run waits for an inference still under way; the arm has landed by then. Longer ones are left to end with the program.
 _JOIN_TIMEOUT_S = 2.0
-_SKIPPED_S = 0.15  # more missed ticks in a row than this: the speed limit grows anew
 _SHOWN_ROWS = 64  # of a chunk, to those who look on; a recording that is replayed is one of thousands
 _DRY_RUN_LOOK_S = 2.0  # what a video of a dry run shows
 
 
 class Observer(Protocol):
-    """Looks on at every tick (video recorder, live view). Must be quick and must not raise for reasons of its own."""
+    """Looks on at every tick (video, live view, progress). Must be quick and must not raise for reasons of its own."""
 
-    def see(self, observation: Observation, tick: TickRecord | None = None) -> None:
-        """`tick` is None where no policy drives the arm: it holds its pose between episodes, or moves to a pose that was asked for."""
+    def see(self, observation: Observation, tick: TickRecord | None = None, mode: Mode = Mode.HOLD) -> None:
+        """`tick` is None where no policy drives the arm, as between episodes."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,6 @@ class LoopOptions:
     `reset_time_s`: how long the arm holds its pose between two episodes.
     `poses`: where the arm goes before and between episodes, and before its torque goes off.
     `camera_fault`: what to do about a camera that shows nothing (CameraWatch; None: nothing).
-    `tell_inferences`: say how long each inference and its chunk took.
     """
 
     fps: float
@@ -62,20 +64,15 @@ class LoopOptions:
     reset_time_s: float = 0.0
     camera_fault: CameraFault | None = "warn"
     poses: Poses = field(default_factory=Poses)
-    tell_inferences: bool = True
-
-
-class _EpisodeOver(Exception):  # noqa: N818 - no error: the time was up in the middle of an inference
-    pass
 
 
 class ControlLoop:
-    """One run on one arm. `trace` and `pacer` hold the figures, also after an error."""
+    """One run on one arm. `trace` and `pacer` hold the figures, also after an error; `mode` is the present one."""
 
     def __init__(
         self,
         robot: Robot,
-        controller: ChunkController,
+        planner: Planner,
         options: LoopOptions,
         clock: Clock,
         stop: StopSignals | None = None,
@@ -89,95 +86,191 @@ class ControlLoop:
 
         Without `stop` the loop handles Ctrl-C and SIGTERM itself while it runs.
         """
-        self.robot, self.controller, self.options, self.clock = robot, controller, options, clock
+        self.robot, self.planner, self.options, self.clock = robot, planner, options, clock
         self.stop = stop or StopSignals()
         self._signals = nullcontext() if stop else self.stop  # the owner of `stop` has installed the handlers
         self.on_connected, self.observers, self.echo = on_connected, observers, echo
         self.session = session or Session(self.stop)
         robot.check_stop = self.stop.check
-        self._sleeps = _ShortSleeps(clock, self._look_between)
-        self.pacer = Pacer(options.fps, self._sleeps)
+        self._ticks_per_step = max(1, math.ceil(TICK_HZ / options.fps))  # of the policy
+        self.pacer = Pacer(self._ticks_per_step * options.fps, clock)
         self.cameras = None if options.camera_fault is None else CameraWatch(options.camera_fault, echo)
         self.trace = RunTrace(robot.joint_names, clock)
-        self._progress = ProgressLine(self.trace, self.pacer, clock, echo)
-        self.safety: SafetyFilter | None = None  # needs the calibrated limits, known once connected
-        self._end_s = float("inf")
-        self._loop_began_s: float | None = None
-        self._putting_down = False
-        self._outages = 0
-        self._lost = False  # after a gap: the arm holds the pose that was measured then, until the new plan is there
-        self._tick_before = 0  # of the last target
-        self._looked_s, self._suspended_s = clock.now_s(), clock.suspended_s()
-        self._again_due = False  # the goal is to be another one than the motors know
-        self._chunk = ActionChunk(np.empty((0, len(robot.joint_names)), np.float32))  # the one that plays
-        self._plans_s: deque[float] = deque(maxlen=_REMEMBERED_PLANS)
+        self.limits: Limits | None = None  # needs the calibrated limits, known once connected
+        self.mode = Mode.APART
+        self._before = dict.fromkeys((Mode.AWAY, Mode.PAUSED), Mode.APART)  # what led to them
+        self._move: Move | None = None  # of MOVE, BETWEEN, PUT_DOWN: while it goes on
+        self._what, self._stalls = "", np.zeros(len(robot.joint_names), np.int64)  # where to, and how often joints were blocked before
+        self._began_s, self._until_s = clock.now_s(), math.inf  # the present mode; and its deadline
+        self._told = False  # whether its waiting was told of
+        self._episode, self._episode_end_s, self._first_row = 0, math.inf, 0
+        self._due: DueTarget | None = None
+        self._commanded = np.empty(0)  # the last goal that was sent (J,)
+        self._playing: ActionChunk | None = None
+        self._held_steps = 0  # of the policy, since the last row played
+        self._seen_s, self._missed_s = clock.now_s(), math.inf  # the last reading, and the first since that failed
+        self._suspended_s = clock.suspended_s()
+        self._step = self._last_step = 0
+        self._error: BaseException | None = None  # the one that ended the run
+        self._troubles = 0
 
     def run(self) -> RunTrace:
         """Connect, play all episodes, put the arm down, land. Returns normally when done or stopped; raises, after landing, what arm or policy
         raised."""
-        with self._signals:
-            as_found = False
+        with self._signals, _few_garbage_collections():
             try:
-                try:
-                    self._until_stopped()
-                except BaseException as error:
-                    as_found = self._put_down(error)
-                    raise
-                as_found = self._put_down()
+                self._guarded(self._connect)
+                while self.mode not in ENDS:
+                    self._guarded(self._tick)
+                    with self.trace.timed("wait"):
+                        self.pacer.wait()
             finally:
-                self.trace.landing = self.robot.land(as_found)
+                self.trace.landing = self.robot.land(self.mode is Mode.HELD)
                 self.trace.ended_s = self.clock.now_s()
                 self.session.end(self.trace.ended_by, self.robot.success)
                 self.session.settle()
-                self.controller.close(_JOIN_TIMEOUT_S)
+                self.planner.close(_JOIN_TIMEOUT_S)
                 self.trace.events = dict(self.robot.events) | (dict(self.cameras.events) if self.cameras else {})
                 self.trace.episodes_solved = self.robot.episodes_solved
+        if self._error is not None:
+            raise self._error
         return self.trace
 
-    def _until_stopped(self) -> None:
+    def _guarded(self, work: Callable[[], None]) -> None:
+        """What goes wrong in a tick is an event."""
         try:
-            with _few_garbage_collections():
-                self._connect()
-                self._play()
-                self.trace.ended_by = "done"
+            work()
         except StopRequested as request:
-            self.trace.ended_by = request.reason
+            if self.trace.ended_by == "error" and self._error is None:
+                self.trace.ended_by = request.reason
+            if self._shutting_down:
+                self.echo(f"stopped once more: {self._at_once}, where the arm is")
+            self._happen(Event.STOP_AGAIN if self._shutting_down else Event.STOP)
+        except ArmAwayError as error:
+            now_s = self.clock.now_s()
+            if self.mode is not Mode.AWAY:
+                self._happen(Event.LOST)
+                self._until_s = now_s + error.patience_s
+            elif now_s >= self._until_s:
+                self._fail(BusFault(f"{error} It did not come back within {error.patience_s:g} s."))
+        except MissedReadingError as error:
+            self._missed_s = min(self._missed_s, self.clock.now_s())
+            if self.clock.now_s() - self._missed_s >= PATIENCE_S:
+                self._fail(BusFault(f"{error} So for {PATIENCE_S:g} s. Check cables and power of the servos."))
+        except BaseException as error:  # noqa: BLE001 - raised again once the arm has landed
+            self._fail(error)
 
-    def _put_down(self, error: BaseException | None = None) -> bool:
-        """Whatever ended the run: hold, and move slowly to where the arm can be let go. Needs the bus alone, neither policy nor pictures. A fault of
-        the bus, and a deliberate further stop: the torque goes off at once. Returns whether an arm that was found powered is to be left so."""
-        self.stop.obeyed()
+    def _fail(self, error: BaseException) -> None:
+        self._error = self._error or error
+        if self._shutting_down and self.mode not in ENDS:
+            self._troubles += 1
+            self.echo(f"WARNING: {error}")
+        fatal = isinstance(error, BusFault) or self._troubles >= _TROUBLES
+        self._happen(Event.FAULT if fatal else Event.STOP)
+
+    # From mode to mode
+
+    def _happen(self, event: Event) -> None:
+        """Go to the mode that follows, and begin it."""
+        before, self.mode = self.mode, after(self.mode, event, self._before.get(self.mode, self.mode))
+        if self.mode is before:
+            return
+        self._began_s, self._until_s, self._told = self.clock.now_s(), math.inf, False
+        if event is Event.LOST or (event is Event.PAUSE and self.mode is Mode.PAUSED):
+            self._before[self.mode] = before
+        if event is Event.PAUSE and self.mode is Mode.PAUSED:
+            self._pause()
+        elif event in (Event.BACK, Event.PAUSE) and self.mode is not Mode.PAUSED:
+            self._go_on(event)
+        elif event is Event.ARRIVED and self.mode is Mode.HOLD:
+            self._begin_episode()
+        elif event is Event.OVER:
+            self._end_episode()
+        elif event is Event.LOST:
+            self.planner.expire()
+        elif self.mode in (Mode.PUT_DOWN, *ENDS) and not self._shutting_down:
+            self._shut_down()
+
+    def _prepare_episode(self) -> None:
+        """Switch the torque on, if it is not; a simulated scene is rearranged by the seed, a real arm goes on where it stands."""
+        if self.options.dry_run:
+            self.limits.start(self.robot.observe().joints)
+            self._happen(Event.ARRIVED)
+            return
+        if self.options.episodes > 1:
+            self.echo(f"Episode {self._episode + 1} of {self.options.episodes}")
+        goal = self.limits.last if self.trace.moved else None
+        self.robot.reset(None if self.options.seed is None else self.options.seed + self._episode)
+        self.robot.lower_if_killed(self._rest_pose)
+        joints = self.robot.observe().joints
+        near = goal is not None and not (np.abs(joints - self._seen.joints) > ARRIVED_DEG * self.robot.units_per_deg).any()
+        self.limits.start(joints, goal if near else None)  # else the simulated arm has leapt home
+        self._refresh()
+        self._begin_move(self.options.poses.home, "the home pose")
+        if self._move is None:
+            self._happen(Event.ARRIVED)
+
+    def _begin_episode(self) -> None:
+        self.planner.reset()
+        self.limits.slow_start()
+        self.trace.episodes += 1
+        self._first_row, self._held_steps, self._playing = len(self.trace), 0, None
+        if self.options.timeout_s is not None:  # half a tick early: rounding must not decide whether a tick due at the end still runs
+            self._episode_end_s = self.clock.now_s() + self.options.timeout_s - 0.5 / self.options.fps
+        self.session.begin(self.planner.instruction)
+
+    def _end_episode(self) -> None:
+        """The scene is put back, while the arm holds its pose; or it was the last one."""
+        if len(self.trace) == self._first_row and not (self.session.over or self.options.dry_run):
+            self.echo("WARNING: the time limit was over before the episode's first inference was: nothing was sent. Give a longer --timeout.")
+        self.session.end("a key" if self.session.over else "the time limit", self.robot.success)
+        self.limits.stay()
+        more, hold_s = self._episode + 1 < self.options.episodes or self.session.again, self.options.reset_time_s
+        if self.options.dry_run:
+            self._until_s = self.clock.now_s() + (_DRY_RUN_LOOK_S if self.observers else 0.0)
+        elif not more:
+            self._done()
+        elif hold_s:
+            self._begin_move(self.options.poses.home, "the home pose")
+            self.echo(f"Episode {self._episode + 1} of {self.options.episodes} is over. The arm holds its pose for {hold_s:g} s: put things back.")
+
+    def _done(self) -> None:
+        self.trace.ended_by = "done"
+        self._happen(Event.DONE)
+
+    def _pause(self) -> None:
+        self.limits.stay()
+        self._paused_s = self.clock.now_s()
+        self.echo("paused: the arm holds its pose. Space: go on.")
+
+    def _go_on(self, event: Event) -> None:
+        """After a pause, or an outage: nothing that was planned before plays."""
+        if event is Event.PAUSE:
+            self._episode_end_s += self.clock.now_s() - self._paused_s
+        self.planner.expire()
+        self.limits.slow_start()
+        if self._move is not None:
+            self._begin_move(self._move.pose, self._what, say=False)
+
+    def _shut_down(self) -> None:
+        """Whatever ended the run: hold, and move slowly to where the arm can be let go. Needs the bus alone, neither policy nor pictures."""
+        self.stop.begin_shutdown()
         self.echo = _unfailing(self.echo)
-        if isinstance(error, BusFault):
-            return False
+        if self.mode is not Mode.PUT_DOWN:
+            return
         pose = self._rest_pose
-        try:
-            self.stop.check()
-            if pose is None or not self.trace.moved:
-                return True
-            self._putting_down = True
-            self.safety.protect()
-            self._say_put_down(error)
-            self._lower(tuple(pose))
-        except StopRequested:
-            self.echo(f"stopped once more: {self._at_once}, where the arm is")
-        except Exception as trouble:
-            if error is None and not isinstance(trouble, UnsafeActionError):
-                raise
-            self.echo(f"WARNING: the arm did not get there, {self._at_once}: {trouble}")
-        return False
+        if pose is None or not self.trace.moved:
+            self._happen(Event.KEPT)
+            return
+        self.limits.protect()
+        self.limits.stay()
+        self._say_put_down()
+        start = self.options.poses.rest == "start"
+        self._begin_move(pose, "the pose in which it lay before its torque went on" if start else "the rest pose")
 
-    def _lower(self, pose: Pose) -> None:
-        """The move down. What is wrong but leaves the bus sound (a watchdog that has ended, a hot servo) is raised once each, said, and the move goes
-        on."""
-        what = "the pose in which it lay before its torque went on" if self.options.poses.rest == "start" else "the rest pose"
-        for more in (2, 1, 0):
-            try:
-                return self._go_to(pose, what, last=True)
-            except RobotError as error:
-                if isinstance(error, BusFault) or not more:
-                    raise
-                self.echo(f"WARNING: {error}")
+    @property
+    def _shutting_down(self) -> bool:
+        return self.stop.shutting_down
 
     @property
     def _rest_pose(self) -> Pose | None:
@@ -189,330 +282,259 @@ class ControlLoop:
     def _at_once(self) -> str:
         return "it stops and stays powered" if self.robot.stays_powered else "the torque goes off at once"
 
-    def _say_put_down(self, error: BaseException | None) -> None:
+    def _say_put_down(self) -> None:
+        error = self._error
         cause = self.stop.reason or ("" if error is None else f"{type(error).__name__}: {str(error).partition('. ')[0]}")
         ending = f"the run ends ({cause})" if cause else "the run ends"
         further = "another Ctrl-C, a second from now or later," if self.stop.reason else "Ctrl-C, twice and a second apart,"
         self.echo(f"{ending}: the arm is put down. After {further} {self._at_once}, wherever the arm is.")
 
-    def _go_to(self, pose: Pose | None, what: str, last: bool = False) -> None:
-        """Move slowly, tick by tick as in an episode, without the network. Raises StopRequested, what the arm and the safety limits raise, and
-        UnsafeActionError when a joint is blocked on the way. The `last` move takes no pictures, and a blocked joint does not keep the others."""
-        if pose is None:
-            return
-        observation, stalls = self._observe(), self.safety.blocked.count.copy()
-        move = Move(pose, self.safety.last, self.robot, min(self.options.poses.home_speed_deg_s, self.safety.max_speed_deg_s))
-        pacer = Pacer(MOVE_HZ, self._sleeps)  # of its own: the report's figures are the episodes'
-        if move.ticks:
-            self.echo(f"moving to {what} ({move.ticks / MOVE_HZ:.1f} s)")
-        self.safety.fps = MOVE_HZ
-        while not move.over(self.safety.last, observation.joints, self.safety.blocked.held):
-            self.robot.keep_alive()
-            self._command(move.next_target(self.safety.last))
-            observation = self._observe()
-            for observer in () if last else self.observers:
-                observer.see(observation)
-            if (blocked := self.safety.blocked.count > stalls).any() and not last:
-                names = self._names(blocked)
-                raise UnsafeActionError(f"joint {names} is blocked on the way to {what}. Clear the way, or move the arm by hand, and start again.")
-            with suppress(Exception) if last else nullcontext():  # a closed terminal: no reason to let go half-way
-                self.session.poll()
-            pacer.wait()
-            self.stop.check()
-        if (away := move.away(observation.joints)).any():
-            self.echo(f"WARNING: the arm has not quite reached {what}: {self._names(away)}. Is something in its way?")
-
-    def _names(self, which: np.ndarray) -> str:
-        return ", ".join(np.array(self.robot.joint_names)[which])
-
     def _connect(self) -> None:
-        with self.stop.at_once():
+        with self.stop.raise_at_once():
             self.robot.connect()
         self.robot.keep_alive()
-        self.safety = SafetyFilter(
+        self.limits = Limits(
             self.robot.joint_limits,
             self.robot.joint_names,
             self.options.safety,
-            fps=self.options.fps,
+            period_s=self.pacer.period_s,
             units_per_deg=self.robot.units_per_deg,
             slow_deg_s=self.options.poses.home_speed_deg_s,
             max_step=self.robot.max_step,
             echo=lambda line: self.echo(line),
         )
         self.options.poses.check(self.robot.joint_limits, self.robot.joint_names, self.robot.units_per_deg)
-        observation = self.robot.observe()
-        with self.stop.at_once():
+        self._happen(Event.READY)
+        self._refresh()
+
+    def _meet(self, observation: Observation) -> None:
+        """The first look, before the torque goes on: the run may be refused."""
+        with self.stop.raise_at_once():
             self.on_connected(observation)
-        if observation.loads is None and self.options.safety.finds_stalls:
+        if observation.loads is None and self.options.safety.stall_after_s is not None:
             self.echo(f"no stall protection: {self.robot.name} does not measure how hard its motors push (--stall_after_s)")
-        self.trace.began_s, self._suspended_s = self.clock.now_s(), self.clock.suspended_s()
+        self.trace.began_s = self.clock.now_s()
+        self._happen(Event.READY)
+        self._refresh()
 
-    def _play(self) -> None:
-        if self.options.dry_run:
-            self._dry_run()
-            return
-        episode = 0
-        while episode < self.options.episodes:
-            if self.options.episodes > 1:
-                self.echo(f"Episode {episode + 1} of {self.options.episodes}")
-            self._episode(episode)
-            more = episode + 1 < self.options.episodes or self.session.again
-            if more and self.options.reset_time_s:
-                self._hold_between(episode + 1)
-            episode += not self.session.settle()
-            if episode < self.options.episodes:
-                self._hold_while(lambda: self.session.waits)
-                while self.session.instruction is not None:  # another one may be typed while the network makes itself ready for this one
-                    self._take_instruction(self.session.instruction)
-                    self._hold_while(lambda: self.session.waits)
+    def _refresh(self) -> None:
+        """After work that was meant to take longer than a tick."""
+        self.pacer.restart()
+        self._seen_s, self._suspended_s = self.clock.now_s(), self.clock.suspended_s()
 
-    def _hold_between(self, played: int) -> None:
-        """The pause in which the scene is put back."""
-        hold_s = self.options.reset_time_s
-        self._go_to(self.options.poses.home, "the home pose")
-        self.echo(f"Episode {played} of {self.options.episodes} is over. The arm holds its pose for {hold_s:g} s: put things back.")
-        end_s = self.clock.now_s() + hold_s
-        self._hold_while(lambda: self.session.typing or (self.clock.now_s() < end_s and not self.session.over), end_s)
-
-    def _hold_while(self, waits: Callable[[], bool], end_s: float = math.inf) -> None:
-        """The arm keeps its last target; observers, keys, signals and the watchdog go on. Looks again at `end_s` at the latest."""
-        while waits():
-            now_s = self.clock.now_s()
-            self._look_on()
-            next_s = now_s + self.pacer.period_s
-            self._sleeps.sleep_until_s(end_s if now_s < end_s < next_s else next_s)
-            self.stop.check()
-
-    def _look_on(self) -> None:
-        observation = self._look_between()  # raises for whatever is wrong with a servo or a camera
-        for observer in self.observers:
-            observer.see(observation)
-        self.session.poll()
-        self.stop.check()
-
-    def _take_instruction(self, instruction: str) -> None:
-        """The one that was typed in the pause: the network makes itself ready for it, for minutes where it compiles, while the arm keeps its last
-        target."""
-        self.session.instruction = None
-        try:
-            self.controller.instruct(instruction, self._look_on)
-        except (ObservationError, ConfigError) as error:  # too long, or with words that the network reserves
-            self.echo(f"the instruction stays {self.controller.instruction!r}: {error}")
-
-    def _episode(self, index: int) -> None:
-        """Play until the episode's time is up. A simulated scene is rearranged by the seed; a real arm goes on where it stands."""
-        before = self._observe().joints if self.trace.moved else None
-        self.robot.reset(None if self.options.seed is None else self.options.seed + index)
-        self.robot.lower_if_killed(self._rest_pose)
-        self.controller.reset()
-        joints = self.robot.observe().joints
-        held = before is not None and not (np.abs(joints - before) > ARRIVED_DEG * self.robot.units_per_deg).any()  # the simulated arm leaps home
-        self.safety.start(joints, self.safety.last if held and self._outage_count() == self._outages else None)
-        self._go_to(self.options.poses.home, "the home pose")
-        self.safety.speed_up_anew()
-        self.safety.fps = self.options.fps
-        self.trace.episodes += 1
-        self._loop_began_s = None
-        if self.options.timeout_s is not None:  # half a tick early: rounding must not decide whether a tick due at the end still runs
-            self._end_s = self.clock.now_s() + self.options.timeout_s - 0.5 * self.pacer.period_s
-        self.session.begin(self.controller.instruction)
-        self.pacer.start()
-        self._tick_before = 0
-        self._progress.begin()
-        played = len(self.trace)
-        with suppress(_EpisodeOver):
-            while self.clock.now_s() < self._end_s and not self.session.over:
-                self._tick()
-        if len(self.trace) == played and not self.session.over:
-            self.echo("WARNING: the time limit was over before the episode's first inference was: nothing was sent. Give a longer --timeout.")
-        self.session.end("a key" if self.session.over else "the time limit", self.robot.success)
-        self._close_loop()
+    # A tick
 
     def _tick(self) -> None:
         self.robot.keep_alive()
-        planned = False
-        if self._held_up() and not self.controller.needs_observation:  # first see where the arm is; the rows up to now are over
-            self.controller.see(self._observe(), self.pacer.tick - 1)
-        while self.controller.needs_observation:  # the chunk is played out: observe, infer, then move
-            observation, planned = self._plan(), True
-        ticks, self._tick_before = self.pacer.tick - self._tick_before, self.pacer.tick
-        if not planned and ticks > _SKIPPED_S * self.options.fps + 1:  # rows of missed ticks are over: not at once to the present one
-            self.safety.speed_up_anew()
-        sent = self._send()  # the move is due now: send first, so that its instant does not depend on the cameras
-        if not planned:
-            observation = self._observe()
-            self.controller.see(observation, self.pacer.tick)
-        note = self.controller.note
-        self.trace.add_tick(observation.joints, *sent, note.age_ticks, note.underrun)
-        if self.observers:
-            record = self._record(*sent)
-            for observer in self.observers:
-                observer.see(observation, record)
-        self.session.see(observation, sent[1], note.underrun)
-        self._progress()
-        with self.trace.timed("wait"):
-            self.pacer.wait(self._plan_lead_s() if self.controller.needs_observation else 0.0)
-        self.stop.check()
-
-    def _plan(self) -> Observation:
-        """What the next chunk comes from."""
-        self._close_loop()
-        began_s = self.clock.now_s()
+        self._take_in()
+        if self.mode in ENDS:
+            return
+        target = self._target()
+        if self.mode is not Mode.AWAY and (target is not None or self.trace.moved) and not self.options.dry_run:
+            self._commanded = self.limits.apply(target)
+            with self.trace.timed("send"):
+                self.trace.moved = True
+                self.robot.send(self._commanded)
+        sent_s, planning = self.clock.now_s(), self.mode in (Mode.HOLD, Mode.PLAY) and self._is_step
         observation = self._observe()
-        self._send_again()
-        self._infer(observation, began_s)
-        return observation
+        if self._move is not None:
+            self._judge_move(observation)
+        if self.mode is Mode.CONNECTED:
+            self._meet(observation)
+        elif planning and self.mode in (Mode.HOLD, Mode.PLAY):
+            self._plan(observation)
+        self._show(observation, target, sent_s)
 
-    def _record(self, target: np.ndarray, commanded: np.ndarray, sent_s: float) -> TickRecord:
-        """The tick that has just been traced, for the observers."""
-        note, errors_s = self.controller.note, self.pacer.tick_errors_s
-        return TickRecord(
-            number=len(self.trace) - 1,
-            episode=self.trace.episodes - 1,
-            time_s=sent_s - self.trace.began_s,
-            target=target,
-            commanded=commanded,
-            ahead=self._chunk.targets[len(self._chunk.targets) if note.underrun else note.row :][:_SHOWN_ROWS],
-            inference_ms=self._chunk.inference_ms,
-            age_ticks=note.age_ticks,
-            underrun=note.underrun,
-            tick_error_ms=1000 * errors_s[-1] if errors_s else 0.0,
-            missed_ticks=self.pacer.missed_ticks,
-        )
+    @property
+    def _is_step(self) -> bool:
+        return self.pacer.tick % self._ticks_per_step == 0
 
-    def _plan_lead_s(self) -> float:
-        """How long before its deadline the next plan must begin to be ready: as long as the slowest of the last few took.
+    def _take_in(self) -> None:
+        """What has come in since the last tick: stops, gaps, keys, the end of a time, a chunk."""
+        self.stop.check()
+        self._notice_gap()
+        with suppress(Exception) if self._shutting_down else nullcontext():  # a closed terminal is no reason to let go half-way
+            self.session.poll()
+        if self.session.pause:
+            self.session.pause = False
+            self._happen(Event.PAUSE)
+        now_s = self.clock.now_s()
+        if self.mode in (Mode.HOLD, Mode.PLAY, Mode.PAUSED) and (
+            self.session.over or (now_s >= self._episode_end_s and self.mode is not Mode.PAUSED)
+        ):
+            self._happen(Event.OVER)
+        elif self.mode is Mode.BETWEEN and self._ready(now_s):
+            self._happen(Event.READY)
+        elif self.mode is Mode.MOVE and self._move is None:
+            self._prepare_episode()
+        elif self.mode in (Mode.HOLD, Mode.PLAY) and self._is_step:
+            self._next_row()
 
-        Observation and inference then fit into the pause between two ticks where they are short enough, and the observation is no older
-        than it has to be.
-        """
-        return max(self._plans_s, default=0.0) + _LEAD_MARGIN_S
+    def _notice_gap(self) -> None:
+        """Raises UnsafeActionError when the machine was suspended: the arm is put down then."""
+        suspended_s, self._suspended_s = self._suspended_s, self.clock.suspended_s()
+        if (slept_s := self._suspended_s - suspended_s) > GAP_S and not self._shutting_down:
+            raise UnsafeActionError(
+                f"the machine was suspended for {slept_s:.0f} s in the middle of the run, and what was planned before is over. Look at the scene "
+                "and start again; 'systemd-inhibit gr00t-fast run ...' keeps a laptop awake."
+            )
+        if self.mode is not Mode.AWAY and self.clock.now_s() - self._seen_s > GAP_S:
+            self._happen(Event.LOST)
+
+    def _ready(self, now_s: float) -> bool:
+        """Whether the pause before an episode is over: its time, what a person types, the recording of the last one, the network."""
+        if self._move is not None:
+            return False
+        if math.isinf(self._until_s):
+            self._until_s = now_s + self.options.reset_time_s
+        if (now_s < self._until_s and not self.session.over) or self.session.typing:
+            return False
+        if self.options.dry_run:
+            self._done()
+            return False
+        again = self.session.settle()
+        if self.session.waits:
+            return False
+        if self.session.instruction is not None:
+            self.planner.instruct(self.session.instruction)
+            self.session.instruction = None
+        try:
+            if self.planner.getting_ready():
+                return False
+        except (ObservationError, ConfigError) as error:  # too long, or with words that the network reserves
+            self.echo(f"the instruction stays {self.planner.instruction!r}: {error}")
+        self._episode += not again
+        return True
+
+    def _next_row(self) -> None:
+        """Take the chunk that has arrived, if one has, and the row that is due."""
+        self._step = self.pacer.tick // self._ticks_per_step
+        chunk = self.planner.arrived(self._step, holding=self.mode is Mode.HOLD)
+        self._due = self.planner.chunk_due(self._step)
+        if chunk is not None:
+            self._enter(chunk)
+        if self._due is None:
+            self._happen(Event.UNDERRUN)
+            self._check_hold()
+        elif self.options.dry_run:
+            self._show_dry_run(self._due.target)
+        elif self.mode is Mode.HOLD:
+            self._happen(Event.CHUNK)
+
+    def _enter(self, chunk: ActionChunk) -> None:
+        stood = self.mode is Mode.HOLD
+        self.trace.add_chunk(chunk, self._held_steps / self.options.fps if self._playing else 0.0, overlapped=not stood)
+        self._playing = chunk
+
+    def _check_hold(self) -> None:
+        """Raises InferenceTimeoutError when the arm has held its pose for too long for want of actions."""
+        held_s, limit_s = self.clock.now_s() - self._began_s, self.planner.limit_s
+        if held_s >= limit_s:
+            raise self.planner.timed_out(limit_s, "the next chunk is not there")
+        if held_s >= self.planner.tell_after_s and not self._told:
+            self._told = True
+            end = f", at most {limit_s:.1f} s (--max_hold_s)" if math.isfinite(limit_s) else ""
+            self.echo(f"WARNING: no action has been left for {held_s:.1f} s: inference hangs or is too slow. The arm holds its pose and waits{end}.")
+
+    def _target(self) -> np.ndarray | None:
+        """Where the mode wants the arm (J,); None: at its last goal."""
+        if self._move is not None and self.mode in (Mode.MOVE, Mode.BETWEEN, Mode.PUT_DOWN):
+            return self._move.next_target(self.limits.last)
+        if self.mode is not Mode.PLAY or not self._is_step:
+            return None
+        steps, self._last_step = self._step - self._last_step, self._step
+        if steps > _SKIPPED_S * self.options.fps + 1:  # rows of missed ticks are over: not at once to the present one
+            self.limits.slow_start()
+        return self._due.target
 
     def _observe(self) -> Observation:
+        """One look. Raises MissedReadingError and ArmAwayError where it fails in a way that may pass."""
         with self.trace.timed("observe"):
-            observation = self._look()
+            observation = self.robot.observe(self._is_step and self.mode not in (Mode.PUT_DOWN, Mode.AWAY))
+        self._notice_gap()
+        self._seen, self._seen_s, self._missed_s = observation, self.clock.now_s(), math.inf
+        if self.mode is Mode.AWAY:  # it may have sagged meanwhile: on from where it is, not from the last goal
+            if self.trace.moved:
+                self.limits.start_anew(observation.joints)
+            self._happen(Event.BACK)
+        self.limits.read(observation.joints, observation.time_s, observation.loads)
         for name, age_s in observation.frame_ages_s.items():
             self.trace.stages_ms[f"frame age/{name}"].append(1000 * age_s)
         if self.cameras is not None:
             self.cameras(observation)
         return observation
 
-    def _look(self) -> Observation:
-        observation = self.robot.observe(not self._putting_down)
-        if self._held_up():  # the arm may have sagged meanwhile: step on from where it is, not from the last target, with a new plan
-            self._outages, self._lost = self._outage_count(), True
-            self.safety.start_anew(observation.joints)
-            self.controller.expire()
-        self._looked_s = self.clock.now_s()
-        self._again_due |= self.safety.measured(observation.joints, observation.time_s, observation.loads)
-        return observation
+    def _plan(self, observation: Observation) -> None:
+        self._step = self.pacer.tick // self._ticks_per_step
+        self.planner.remember(observation)
+        if self.planner.want_inference(self._step):
+            self.planner.ask(observation, self._step)
 
-    def _held_up(self) -> bool:
-        """Whether the connection was lost since the last look, or that was long ago. Raises UnsafeActionError when the machine was suspended: the arm
-        is put down then."""
-        suspended_s, self._suspended_s = self._suspended_s, self.clock.suspended_s()
-        if (slept_s := self._suspended_s - suspended_s) > GAP_S and not self._putting_down:
-            raise UnsafeActionError(
-                f"the machine was suspended for {slept_s:.0f} s in the middle of the run, and what was planned before is over. Look at the scene "
-                "and start again; 'systemd-inhibit gr00t-fast run ...' keeps a laptop awake."
-            )
-        return self._outage_count() != self._outages or self.clock.now_s() - self._looked_s > GAP_S
-
-    def _look_between(self) -> Observation:
-        """Where no target is due soon: a goal that is too far ahead of its joint comes back, one that was held back goes on."""
-        self.robot.keep_alive()
-        observation = self._look()
-        self._send_again()
-        self.stop.check()
-        return observation
-
-    def _send_again(self) -> None:
-        if self._again_due and self.trace.moved:
-            self._transmit(self.safety.again())
-
-    def _outage_count(self) -> int:
-        return sum(self.robot.events.get(name, 0) for name in _OUTAGES)
-
-    def _still_time(self) -> None:
-        if self.clock.now_s() - self._looked_s >= _STILL_LOOK_S:
-            self._look_between()
-        else:
-            self.robot.keep_alive()
-        self.session.poll()
-        self.stop.check()
-        self._check_over()
-
-    def _check_over(self) -> None:
-        if self.session.over or self.clock.now_s() >= self._end_s:
-            raise _EpisodeOver
-
-    def _infer(self, observation: Observation, plan_began_s: float) -> None:
-        began_s = self.clock.now_s()
-        chunk = self.controller.plan(observation, self._still_time)
-        if chunk is not None:  # else this tick holds, and the next one looks again
-            if self.options.tell_inferences:
-                self.echo(f"Direct inference time: {chunk.inference_ms / 1000:.3f}s")
-            self.stop.check()
-            self._check_over()
-            now_s = self.clock.now_s()
-            self.trace.stages_ms["infer"].append(1000 * (now_s - began_s))
-            self._loop_began_s = plan_began_s
-            self._plans_s.append(now_s - plan_began_s)
-        with self.trace.timed("wait"):
-            pause_s = self.pacer.resume()
-        if chunk is not None:
-            self._chunk = chunk
-            self.trace.add_chunk(chunk, pause_s)
-
-    def _send(self) -> tuple[np.ndarray, np.ndarray, float]:
-        """Return what the policy wanted and what was sent, each (J,), and when."""
-        target = self.controller.next_target(self.pacer.tick)
-        self._lost &= self.controller.note.underrun
-        if self._lost:
-            target = self.safety.last
-            self.safety.speed_up_anew()
-        if self.controller.note.entered is not None:
-            self._chunk = self.controller.note.entered
-            self.trace.add_chunk(self.controller.note.entered, 0.0, overlapped=True)
-        return target, self._command(target), self.clock.now_s()
-
-    def _command(self, target: np.ndarray) -> np.ndarray:
-        """Limit a target (J,) and send it; returns what was sent."""
-        commanded = self.safety(target)
-        with self.trace.timed("send"):
-            self._transmit(commanded)
-        return commanded
-
-    def _transmit(self, commanded: np.ndarray) -> None:
-        self.trace.moved, self._again_due = True, False
-        self.robot.send(commanded)
-
-    def _close_loop(self) -> None:
-        """Report the loop that just ended: one inference and its chunk, played to the end."""
-        if self._loop_began_s is None or not self.controller.needs_observation:
+    def _show(self, observation: Observation, target: np.ndarray | None, sent_s: float) -> None:
+        """The tick to the trace, the recording and those who look on. What goes wrong with these is no reason to let go half-way."""
+        if not self._is_step or self.mode is Mode.PUT_DOWN:
             return
-        total_s = self.clock.now_s() - self._loop_began_s
-        self._loop_began_s = None
-        self.trace.stages_ms["loop"].append(1000 * total_s)
-        if self.options.tell_inferences:
-            self.echo(f"Loop {len(self.trace.stages_ms['loop'])}: {total_s:.3f}s total")
+        record = None
+        self._held_steps = 0 if self.mode is Mode.PLAY else self._held_steps + 1
+        if self.mode is Mode.PLAY or (self.mode is Mode.HOLD and len(self.trace) > self._first_row):
+            underrun = self.mode is Mode.HOLD
+            wanted, commanded = self.limits.wanted if target is None else target, self._commanded
+            age = 0 if self._due is None else self._due.age_ticks
+            self.trace.add_tick(observation.joints, wanted, commanded, sent_s, age, underrun)
+            record = self._record(wanted, commanded, sent_s, age, underrun) if self.observers else None
+            self.session.see(observation, commanded, underrun)
+        for observer in self.observers:
+            observer.see(observation, record, self.mode)
 
-    def _dry_run(self) -> None:
+    def _record(self, target: np.ndarray, commanded: np.ndarray, sent_s: float, age_ticks: int, underrun: bool) -> TickRecord:
+        return TickRecord(
+            number=len(self.trace) - 1,
+            episode=self.trace.episodes - 1,
+            time_s=sent_s - self.trace.began_s,
+            target=target,
+            commanded=commanded,
+            ahead=self.planner.ahead(self._step, _SHOWN_ROWS),
+            inference_ms=self._playing.inference_ms,
+            stood=not self.trace.chunks[-1].overlapped,
+            age_ticks=age_ticks,
+            underrun=underrun,
+            tick_error_ms=1000 * self.pacer.tick_errors_s[-1] if self.pacer.tick_errors_s else 0.0,
+            inferences=len(self.trace.chunks),
+            missed_ticks=self.pacer.missed_ticks,
+        )
+
+    # Slow moves
+
+    def _begin_move(self, pose: Pose | None, what: str, say: bool = True) -> None:
+        if pose is None:
+            return
+        speed_deg_s = min(self.options.poses.home_speed_deg_s, self.limits.max_speed_deg_s)
+        self._move = Move(pose, self.limits.last, self.robot, speed_deg_s, self.pacer.period_s)
+        self._what, self._stalls = what, self.limits.blocked.count.copy()
+        if self._move.ticks and say:
+            self.echo(f"moving to {what} ({self._move.ticks * self.pacer.period_s:.1f} s)")
+
+    def _judge_move(self, observation: Observation) -> None:
+        """Has it ended? Raises UnsafeActionError when a joint is blocked on the way, but for the way down: there it does not keep the others."""
+        move = self._move
+        if (blocked := self.limits.blocked.count > self._stalls).any() and self.mode is not Mode.PUT_DOWN:
+            names = self._names(blocked)
+            raise UnsafeActionError(f"joint {names} is blocked on the way to {self._what}. Clear the way, or move the arm by hand, and start again.")
+        if self.mode not in (Mode.MOVE, Mode.BETWEEN, Mode.PUT_DOWN) or not move.over(self.limits.last, observation.joints, self.limits.blocked.held):
+            return
+        self._move = None
+        if (away := move.away(observation.joints)).any():
+            self.echo(f"WARNING: the arm has not quite reached {self._what}: {self._names(away)}. Is something in its way?")
+        if self.mode is not Mode.BETWEEN:
+            self._happen(Event.ARRIVED)
+
+    def _names(self, which: np.ndarray) -> str:
+        return ", ".join(np.array(self.robot.joint_names)[which])
+
+    def _show_dry_run(self, target: np.ndarray) -> None:
         """One observation and one inference, checked but not sent."""
-        self.controller.reset()
-        while self.controller.needs_observation:
-            observation = self._observe()
-            self.safety.start(observation.joints)
-            self._infer(observation, self.clock.now_s())
-        target = self.controller.next_target(self.pacer.tick)
-        limited = self.safety(target)
-        self.trace.episodes += 1
-        table = dry_run_table(self.robot.joint_names, observation.joints, target, limited)
-        self.trace.dry_run = table, dict(observation.frames)
-        self.echo(table)
-        if self.observers:
-            end_s = self.clock.now_s() + _DRY_RUN_LOOK_S
-            self._hold_while(lambda: self.clock.now_s() < end_s, end_s)
+        self.trace.dry_run = self._seen, target, self.limits.apply(target)
+        self._happen(Event.OVER)
 
 
 def _unfailing(echo: Callable[[str], None]) -> Callable[[str], None]:
@@ -523,20 +545,6 @@ def _unfailing(echo: Callable[[str], None]) -> Callable[[str], None]:
             echo(line)
 
     return tell
-
-
-class _ShortSleeps:
-    """A clock whose long sleeps (below 13 Hz) are interrupted, for a look at the arm."""
-
-    def __init__(self, clock: Clock, look: Callable[[], object]) -> None:
-        self._clock, self._look = clock, look
-        self.now_s, self.suspended_s = clock.now_s, clock.suspended_s
-
-    def sleep_until_s(self, deadline_s: float) -> None:
-        while deadline_s - self.now_s() > 2 * _LOOK_EVERY_S:  # a look takes 4 ms or more: none shortly before the deadline
-            self._clock.sleep_until_s(self.now_s() + _LOOK_EVERY_S)
-            self._look()
-        self._clock.sleep_until_s(deadline_s)
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 
-from gr00t_fast.contracts import Clock
-from gr00t_fast.errors import ConfigError
+from gr00t_fast.base.contracts import Clock
+from gr00t_fast.base.errors import ConfigError
 
 # The operating system wakes a sleeper late: about 0.06 ms on Linux (timer slack), above 1 ms on a busy machine. The last
 # stretch is polled instead; 1 ms of a 33 ms tick is 3 % of a core.
@@ -64,11 +64,10 @@ class VirtualClock:
 
 
 class Pacer:
-    """Ticks at `fps` on a fixed grid. Call `start`, then `wait` at the end of every tick; `resume` after a pause that was meant.
+    """Ticks at `fps` on a fixed grid, from the first to the last: `wait` at the end of each, and `restart` after work that was meant to take longer.
 
-    tick_errors_s: how late each target could go out against its deadline; a pause that began a new grid is not in it.
-    missed_ticks: deadlines at which nothing could be sent because the work of a tick overran.
-    waiting_ticks: deadlines that went by in pauses announced through `resume` (the arm waited for the network).
+    tick: number of the present one: deadlines since the beginning, those that were missed included.
+    tick_errors_s: how late each tick began after its deadline. missed_ticks: deadlines at which nothing could be done because a tick overran.
     """
 
     def __init__(self, fps: float, clock: Clock) -> None:
@@ -78,77 +77,34 @@ class Pacer:
         self.fps = float(fps)
         self.period_s = 1.0 / self.fps
         self.tick_errors_s = array("d")
-        self.missed_ticks = 0
-        self.waiting_ticks = 0
+        self.missed_ticks = self.tick = 0
         self._clock = clock
-        self._origin_s = clock.now_s()
-        self._tick = 0
-        self._grid_began_at = 0
+        self.restart()
 
-    def start(self) -> None:
-        """Begin an episode's grid: the current tick is number 0 and due now."""
-        self._begin_grid(0)
+    def restart(self) -> None:
+        """The present tick is due now, and the next one a period later."""
+        self._origin_s = self._clock.now_s() - self.tick * self.period_s
 
-    @property
-    def tick(self) -> int:
-        """Number of the current tick: deadlines since `start`, those skipped and those of pauses included."""
-        return self._grid_began_at + self._tick
-
-    def _begin_grid(self, number: int) -> None:
-        self._origin_s, self._tick, self._grid_began_at = self._clock.now_s(), 0, number
-
-    def wait(self, lead_s: float = 0.0) -> None:
-        """Sleep until the next deadline of the grid, or until `lead_s` before it when a plan is to be ready by then (`resume` must follow).
+    def wait(self) -> None:
+        """Sleep until the next deadline of the grid.
 
         Overrun deadlines are counted and skipped, so ticks never come in a burst. After a sleep that was too long (a program that was stopped, a
-        machine that swaps) a new grid begins now, at the tick whose time it is.
+        machine that swaps) the grid begins anew, at the tick whose time it is.
         """
-        late_periods = self._periods_since(self._tick + 1)
+        late_periods = self._periods_since(self.tick + 1)
         if late_periods > MISS_AFTER_PERIODS:
-            skipped = math.ceil(late_periods)
-            self.missed_ticks += skipped
-            self._tick += skipped
-        self._tick += 1
-        self._clock.sleep_until_s(self._deadline_s - lead_s)
-        if lead_s <= 0:
-            self._woken()
-
-    def _woken(self) -> None:
-        """A tick begins after a sleep."""
-        self._note_error()
-        late_periods = self._periods_since(self._tick)
+            self._skip(math.ceil(late_periods))
+        self.tick += 1
+        self._clock.sleep_until_s(self._origin_s + self.tick * self.period_s)
+        late_periods = self._periods_since(self.tick)
+        self.tick_errors_s.append(late_periods * self.period_s)
         if late_periods > MISS_AFTER_PERIODS:
-            skipped = math.floor(late_periods + ROUNDING)
-            self.missed_ticks += skipped
-            self._begin_grid(self.tick + skipped)
+            self._skip(math.floor(late_periods + ROUNDING))
+            self.restart()
 
-    def resume(self) -> float:
-        """Go on after planning; returns the pause it caused in seconds, counted from the tick's deadline: 0 when the plan was early.
-
-        An early plan waits for the deadline. A pause shorter than half a period keeps the grid. After a longer one the arm is at rest and
-        nothing is in phase with the old grid, so a new one begins now: the first interval has its full length.
-        """
-        if self.tick == 0:  # the first plan of an episode: nothing has moved yet, so nothing pauses
-            self.start()
-            return 0.0
-        pause = self._periods_since(self._tick)
-        if pause <= 0:
-            self._clock.sleep_until_s(self._deadline_s)
-            self._woken()
-            return 0.0
-        self.waiting_ticks += math.floor(pause + ROUNDING)
-        if pause > MISS_AFTER_PERIODS:
-            self._begin_grid(self.tick + math.floor(pause + ROUNDING))
-        else:
-            self._note_error()
-        return pause * self.period_s
-
-    @property
-    def _deadline_s(self) -> float:
-        return self._origin_s + self._tick * self.period_s
-
-    def _note_error(self) -> None:
-        self.tick_errors_s.append(self._clock.now_s() - self._deadline_s)
+    def _skip(self, ticks: int) -> None:
+        self.missed_ticks += ticks
+        self.tick += ticks
 
     def _periods_since(self, tick: int) -> float:
         """How long ago the deadline of `tick` was, in periods; negative when it is still to come."""
@@ -201,6 +157,11 @@ class StopSignals:
         self._previous.clear()
 
     @property
+    def shutting_down(self) -> bool:
+        """Whether the orderly end has begun."""
+        return not math.isinf(self._put_down_s)
+
+    @property
     def exit_code(self) -> int | None:
         """What to exit with because of the first stop, or None when there was none."""
         return None if self._first is None else self._first[1]
@@ -220,14 +181,14 @@ class StopSignals:
         if self._due and self._first is not None:
             raise StopRequested(*self._first)
 
-    def obeyed(self) -> None:
+    def begin_shutdown(self) -> None:
         """The orderly end begins and is announced, which may take a while: from now on `check` raises for a deliberate further stop alone, see
         `_on_signal`. `reason` and `exit_code` stay the first one's."""
         self._raises = self._due = False
         self._asked, self._put_down_s = self._first is not None, time.monotonic()
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
+    def raise_at_once(self) -> Iterator[None]:
         """Inside, a signal raises StopRequested wherever the program is, as Ctrl-C does: only where nothing is powered."""
         self.check()
         self._raises = True

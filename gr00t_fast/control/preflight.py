@@ -11,11 +11,11 @@ from typing import Literal
 
 import numpy as np
 
-from gr00t_fast.contracts import Observation, PartStatistics, PolicyMetadata, Robot
+from gr00t_fast.base.contracts import Observation, PartStatistics, PolicyMetadata, Robot
+from gr00t_fast.base.errors import PreflightError
 from gr00t_fast.control.binding import joints_of_parts, resolve_camera_map
 from gr00t_fast.control.limits import GRIPPER
 from gr00t_fast.control.pacer import FPS_RANGE
-from gr00t_fast.errors import PreflightError
 
 ASPECT_TOLERANCE = 0.02  # relative; 1280x720 against 1920x1080 is 0, 4:3 against 16:9 is 0.25
 FPS_TOLERANCE = 0.1  # relative

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
+from gr00t_fast.base.errors import ConfigError, closest
 from gr00t_fast.engine.cuda_graph import check_device, compiled_engine, cuda_graph_engine
 from gr00t_fast.engine.eager import PRECISIONS, EagerEngine, Engine
 from gr00t_fast.engine.exported import ExportedEngine, OnnxRuntimeEngine, OpenVinoEngine
 from gr00t_fast.engine.manifest import Target
 from gr00t_fast.engine.tensorrt import TensorRTEngine
-from gr00t_fast.errors import ConfigError, closest
 from gr00t_fast.model import Gr00t
 
 # Engines over the torch model, and over exported files, which read no torch weights.

@@ -25,10 +25,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from gr00t_fast.base.errors import ConfigError
+from gr00t_fast.base.measurement import StageTimer
 from gr00t_fast.engine.eager import MAX_BATCH, Continuation, Engine, PolicyInputs, denoise_towards, tell_new
 from gr00t_fast.engine.fused import FusedModel, Stages, fused_model
-from gr00t_fast.errors import ConfigError
-from gr00t_fast.measurement import StageTimer
 from gr00t_fast.model import Gr00t, ModelInputs
 
 log = logging.getLogger(__name__)

@@ -15,9 +15,9 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from gr00t_fast.errors import ConfigError
+from gr00t_fast.base.errors import ConfigError
+from gr00t_fast.base.measurement import StageTimer
 from gr00t_fast.inputs.processor import PolicyInputs
-from gr00t_fast.measurement import StageTimer
 from gr00t_fast.model import Condition, Gr00t, ModelInputs, StepTables
 from gr00t_fast.model.action_head import Velocity, integrate
 

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gr00t_fast.base.errors import ConfigError, EngineError, ObservationError, install_command, require
+from gr00t_fast.base.measurement import StageTimer, saturates_8_bits
 from gr00t_fast.checkpoint.tensor_file import TensorFile
 from gr00t_fast.engine.eager import PRECISIONS, Continuation, Engine, Inputs, denoise_towards
 from gr00t_fast.engine.manifest import STAGES, Manifest, Target, check_manifest, check_picture, read_manifest, remedy_for, varying_sizes
-from gr00t_fast.errors import ConfigError, EngineError, ObservationError, install_command, require
-from gr00t_fast.measurement import StageTimer, saturates_8_bits
 from gr00t_fast.model import ModelInputs, StepTables
 
 log = logging.getLogger(__name__)

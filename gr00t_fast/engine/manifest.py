@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from gr00t_fast.base.errors import EngineError, ObservationError, StaleEngineError
+from gr00t_fast.base.files import MANIFEST_NAME, atomic_write, read_json
 from gr00t_fast.checkpoint import Checkpoint
-from gr00t_fast.errors import EngineError, ObservationError, StaleEngineError
-from gr00t_fast.files import MANIFEST_NAME, atomic_write, read_json
 from gr00t_fast.inputs.data_config import DataConfig
 from gr00t_fast.inputs.embodiment import Embodiment
 

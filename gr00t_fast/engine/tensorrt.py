@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gr00t_fast.base.errors import ConfigError, EngineError, StaleEngineError
+from gr00t_fast.base.files import atomic_write
 from gr00t_fast.engine.eager import PRECISIONS, tell_new
 from gr00t_fast.engine.exported import ExportedEngine, check_precision
 from gr00t_fast.engine.manifest import STAGES, Manifest, Target, check_manifest, remedy_for
 from gr00t_fast.engine.tensorrt_library import ANY_GPU, BUILDERS, load, make_log, version_tuple
-from gr00t_fast.errors import ConfigError, EngineError, StaleEngineError
-from gr00t_fast.files import atomic_write
 
 log = logging.getLogger(__name__)
 KIND = "tensorrt"

@@ -11,7 +11,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from gr00t_fast.errors import ConfigError, EngineError, MissingExtraError, closest, install_command, require
+from gr00t_fast.base.errors import ConfigError, EngineError, MissingExtraError, closest, install_command, require
 
 RTX, STANDARD = "tensorrt_rtx", "tensorrt"
 BUILDERS = (RTX, STANDARD)  # in the order of preference of `auto`: the first builds without a GPU

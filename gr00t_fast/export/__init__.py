@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from gr00t_fast.flags import Flags
+from gr00t_fast.base.flags import Flags
 
 ExportPrecision = Literal["fp32", "bf16", "fp16"]  # PRECISIONS of gr00t_fast.engine, which imports torch; a test compares them
 

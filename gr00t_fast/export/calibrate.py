@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gr00t_fast.console import progress_bar
+from gr00t_fast.base.console import progress_bar
 from gr00t_fast.engine.exported import ExportTables
 from gr00t_fast.engine.manifest import Target
 from gr00t_fast.export import CalibrationOptions

@@ -20,17 +20,17 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from gr00t_fast.base.console import progress_bar
+from gr00t_fast.base.errors import CheckpointError, ConfigError, require
+from gr00t_fast.base.files import whole_directory
+from gr00t_fast.base.measurement import versions
 from gr00t_fast.checkpoint import load_model
-from gr00t_fast.console import progress_bar
 from gr00t_fast.engine import PRECISIONS
 from gr00t_fast.engine.eager import MAX_BATCH
 from gr00t_fast.engine.exported import EMBEDDING, MODULATION, TABLES_NAME, TAU
 from gr00t_fast.engine.manifest import TEXT_TOKENS, TOKENS, Digests, Manifest, Target, describe_files
-from gr00t_fast.errors import CheckpointError, ConfigError, require
 from gr00t_fast.export import OnnxOptions, flags_given
 from gr00t_fast.export.graphs import TABLE_PARAMETERS, VARYING, Layout, example_inputs, graph_tables, graphs_of, needs_spans
-from gr00t_fast.files import whole_directory
-from gr00t_fast.measurement import versions
 from gr00t_fast.model import Gr00t, ModelInputs
 from gr00t_fast.model.config import ModelConfig
 

@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gr00t_fast.base.errors import ConfigError, require
+from gr00t_fast.base.measurement import versions
 from gr00t_fast.engine.exported import TABLES_NAME
 from gr00t_fast.engine.manifest import Manifest, describe_files
-from gr00t_fast.errors import ConfigError, require
-from gr00t_fast.measurement import versions
 
 LARGEST = {"int8": 127.0, "fp8": 448.0}
 _SMALLEST_RANGE = 1e-6  # of a channel that is always zero: any scale will do, but not zero

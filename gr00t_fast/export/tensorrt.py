@@ -24,13 +24,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from gr00t_fast.console import progress_bar
+from gr00t_fast.base.console import progress_bar
+from gr00t_fast.base.errors import ConfigError, EngineError, install_command
+from gr00t_fast.base.files import whole_directory
+from gr00t_fast.base.measurement import peak_rss_bytes
 from gr00t_fast.engine import tensorrt_library as library
 from gr00t_fast.engine.tensorrt_library import ANY_GPU, RTX, STANDARD, gpu_capability, version_tuple
-from gr00t_fast.errors import ConfigError, EngineError, install_command
 from gr00t_fast.export import BuildOptions, flags_given
-from gr00t_fast.files import whole_directory
-from gr00t_fast.measurement import peak_rss_bytes
 
 if TYPE_CHECKING:
     from gr00t_fast.engine.manifest import Manifest

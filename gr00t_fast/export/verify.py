@@ -18,15 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gr00t_fast.base.console import progress_bar
+from gr00t_fast.base.errors import EngineError
+from gr00t_fast.base.measurement import StageTimer
 from gr00t_fast.checkpoint import load_model
-from gr00t_fast.console import progress_bar
 from gr00t_fast.engine import Continuation, Engine, PolicyInputs
 from gr00t_fast.engine.exported import ExportedEngine
 from gr00t_fast.engine.manifest import Target
-from gr00t_fast.errors import EngineError
 from gr00t_fast.export.graphs import plain_outputs
 from gr00t_fast.inputs.dataset import MIN_FRAMES, draw, open_frames, read
-from gr00t_fast.measurement import StageTimer
 from gr00t_fast.model import ModelInputs
 from gr00t_fast.policy import Gr00tPolicy, load_policy
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gr00t_fast.contracts import ModalityConfig
-from gr00t_fast.errors import ConfigError, closest
+from gr00t_fast.base.contracts import ModalityConfig
+from gr00t_fast.base.errors import ConfigError, closest
 
 # The modes of the reference's Normalizer; "sin_cos" is its StateActionSinCosTransform, "none" a part that no transform normalises.
 NORMALISATIONS = ("min_max", "q99", "mean_std", "binary", "sin_cos", "none")

@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from gr00t_fast.contracts import PolicyMetadata
-from gr00t_fast.errors import ConfigError, closest, require
-from gr00t_fast.files import read_json
+from gr00t_fast.base.contracts import PolicyMetadata
+from gr00t_fast.base.errors import ConfigError, closest, require
+from gr00t_fast.base.files import read_json
 from gr00t_fast.inputs.data_config import DataConfig
 
 MIN_FRAMES = 128  # fewer do not show an activation's range

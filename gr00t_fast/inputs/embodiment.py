@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from gr00t_fast.contracts import MAX_FRAME_PX, MAX_PIXELS, MIN_FRAME_PX, Letterbox, PartStatistics, PolicyMetadata
-from gr00t_fast.errors import CheckpointError
+from gr00t_fast.base.contracts import MAX_FRAME_PX, MAX_PIXELS, MIN_FRAME_PX, Letterbox, PartStatistics, PolicyMetadata
+from gr00t_fast.base.errors import CheckpointError
 from gr00t_fast.inputs.data_config import DataConfig
 
 STATISTICS = ("min", "max", "mean", "std", "q01", "q99")

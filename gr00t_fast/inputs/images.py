@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from gr00t_fast.errors import ObservationError
+from gr00t_fast.base.errors import ObservationError
 from gr00t_fast.inputs.embodiment import Camera, Embodiment, ImageSettings
 from gr00t_fast.inputs.observation import CheckedObservation, check_pixels
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from gr00t_fast.contracts import MAX_FRAME_PX, MAX_PIXELS, MIN_FRAME_PX, ActionPrefix
-from gr00t_fast.errors import ObservationError, closest
+from gr00t_fast.base.contracts import MAX_FRAME_PX, MAX_PIXELS, MIN_FRAME_PX, ActionPrefix
+from gr00t_fast.base.errors import ObservationError, closest
 from gr00t_fast.inputs.data_config import DataConfig
 
 # An error shows the beginning of a value: it may travel to a client and into a log.

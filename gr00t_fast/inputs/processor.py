@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gr00t_fast.contracts import ActionPrefix
-from gr00t_fast.errors import ObservationError
+from gr00t_fast.base.contracts import ActionPrefix
+from gr00t_fast.base.errors import ObservationError
 from gr00t_fast.inputs.embodiment import Embodiment
 from gr00t_fast.inputs.images import ImageTransform
 from gr00t_fast.inputs.observation import CheckedObservation, parse_observation, parse_prefix

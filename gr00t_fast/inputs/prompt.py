@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gr00t_fast.errors import CheckpointError, ConfigError, ObservationError, closest
-from gr00t_fast.files import check_no_pointer, read_json
+from gr00t_fast.base.errors import CheckpointError, ConfigError, ObservationError, closest
+from gr00t_fast.base.files import check_no_pointer, read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

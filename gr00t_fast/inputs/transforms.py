@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gr00t_fast.errors import ObservationError
+from gr00t_fast.base.errors import ObservationError
 from gr00t_fast.inputs.embodiment import Arithmetic, Embodiment, Part
 
 

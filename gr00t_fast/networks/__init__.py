@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gr00t_fast.errors import CheckpointError, shown
+from gr00t_fast.base.errors import CheckpointError, shown
 from gr00t_fast.networks.lerobot import LEROBOT_N1D5, LEROBOT_N1D7, model_type_of
 from gr00t_fast.networks.n1d5 import N1D5
 from gr00t_fast.networks.n1d6 import N1D6

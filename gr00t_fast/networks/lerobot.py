@@ -21,9 +21,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from gr00t_fast.contracts import SO100_JOINTS
-from gr00t_fast.errors import CheckpointError, ConfigError, shown
-from gr00t_fast.files import read_json
+from gr00t_fast.base.contracts import SO100_JOINTS
+from gr00t_fast.base.errors import CheckpointError, ConfigError, shown
+from gr00t_fast.base.files import read_json
 from gr00t_fast.inputs.data_config import DataConfig
 from gr00t_fast.inputs.embodiment import STATISTICS, Arithmetic, Camera, Embodiment, ImageSettings, Part
 from gr00t_fast.inputs.images import FitImages

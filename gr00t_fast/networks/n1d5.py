@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gr00t_fast.errors import CheckpointError, ConfigError, closest, shown
+from gr00t_fast.base.errors import CheckpointError, ConfigError, closest, shown
 from gr00t_fast.inputs.data_config import DataConfig, check_trained_cameras, load_data_config
 from gr00t_fast.inputs.embodiment import Arithmetic, Camera, Embodiment, Part, Statistics, check_std, part_statistics
 from gr00t_fast.inputs.images import ResizeFrames

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gr00t_fast.contracts import Letterbox
+from gr00t_fast.base.contracts import Letterbox
 from gr00t_fast.inputs.embodiment import Embodiment
 from gr00t_fast.inputs.images import BY_EAGLE, FitImages
 from gr00t_fast.inputs.processor import PolicyInputs, left_padded

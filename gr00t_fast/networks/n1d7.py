@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gr00t_fast.contracts import MAX_FRAME_PX, MIN_FRAME_PX, Letterbox
-from gr00t_fast.errors import CheckpointError, ConfigError, closest, shown
-from gr00t_fast.files import parse_json, read_text
+from gr00t_fast.base.contracts import MAX_FRAME_PX, MIN_FRAME_PX, Letterbox
+from gr00t_fast.base.errors import CheckpointError, ConfigError, closest, shown
+from gr00t_fast.base.files import parse_json, read_text
 from gr00t_fast.inputs.data_config import DataConfig
 from gr00t_fast.inputs.embodiment import STATISTICS, Arithmetic, Embodiment, ImageSettings, Part, Statistics, check_std, part_statistics
 from gr00t_fast.inputs.images import BY_QWEN, FitImages

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from gr00t_fast.contracts import NetworkName
-from gr00t_fast.errors import CheckpointError, closest, shown
-from gr00t_fast.files import read_json
+from gr00t_fast.base.contracts import NetworkName
+from gr00t_fast.base.errors import CheckpointError, closest, shown
+from gr00t_fast.base.files import read_json
 from gr00t_fast.inputs.data_config import DataConfig
 from gr00t_fast.inputs.embodiment import Embodiment
 from gr00t_fast.inputs.images import ImageTransform

@@ -1,8 +1,8 @@
-"""Arms: the real SO-100 through lerobot's driver, a simulated one, and a virtual servo bus. Each is imported when it is made.
+"""The real SO-100 through lerobot's driver, and the flags of every arm (`--robot.*`): which arm, on which port, with which cameras.
 
-Their flags (`--robot.*`): which arm, on which port, with which cameras. The fields of the real arm are lerobot's own (`SOFollowerRobotConfig`,
-`OpenCVCameraConfig`; all that versions 0.4.3 to 0.6.1 have), so that a command line written for lerobot works unchanged. They are declared here once
-more because importing lerobot takes five seconds, which `--help` must not; a test compares the two.
+The fields of the real arm are lerobot's own (`SOFollowerRobotConfig`, `OpenCVCameraConfig`; all that versions 0.4.3 to 0.6.1 have), so that a command
+line written for lerobot works unchanged. They are declared here once more because importing lerobot takes five seconds, which `--help` must not; a
+test compares the two.
 """
 
 from __future__ import annotations
@@ -10,13 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from gr00t_fast.errors import ConfigError, require
-from gr00t_fast.flags import Choice
-
-if TYPE_CHECKING:
-    from gr00t_fast.contracts import Robot
+from gr00t_fast.base.errors import require
+from gr00t_fast.base.flags import Choice
 
 
 @dataclass
@@ -118,16 +115,3 @@ def check_ready(config: RobotConfig) -> None:
 
         check_port(config.port)
         check_calibration_exists(config)
-
-
-def make_robot(config: RobotConfig) -> Robot:
-    """The arm that `config` describes, not yet connected. Raises ConfigError, or MissingExtraError when its packages are not installed."""
-    if isinstance(config, SO100FollowerConfig):
-        from gr00t_fast.robots.so100 import SO100FollowerArm
-
-        return SO100FollowerArm(config)
-    if isinstance(config, SO100SimConfig):
-        from gr00t_fast.robots.sim.simulation import SimArm
-
-        return SimArm(config)
-    raise ConfigError(f"no arm is known for a configuration of type {type(config).__name__}; expected so100_follower, so101_follower or so100_sim.")

@@ -20,11 +20,10 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Literal
 
-from gr00t_fast.contracts import SO100_JOINTS
-from gr00t_fast.errors import BusFault
+from gr00t_fast.base.contracts import SO100_JOINTS
+from gr00t_fast.base.errors import BusFault
+from gr00t_fast.robots.feetech import ErrorBit, Instruction, PacketParser, Register, Request, Status, from_word, sync_read, sync_write
 from gr00t_fast.robots.lerobot_glue import GRIPPER, lock_port, outside_range
-from gr00t_fast.robots.virtual_bus.protocol import ErrorBit, Instruction, PacketParser, Request, Status, from_word, sync_read, sync_write
-from gr00t_fast.robots.virtual_bus.servo import Register
 
 try:
     import termios

@@ -23,8 +23,8 @@ from typing import Any, Literal, get_type_hints
 
 import numpy as np
 
-from gr00t_fast.contracts import SO100_JOINTS
-from gr00t_fast.errors import ConfigError, RobotError, check_ranges, one_line, require
+from gr00t_fast.base.contracts import SO100_JOINTS
+from gr00t_fast.base.errors import ConfigError, RobotError, check_ranges, one_line, require
 from gr00t_fast.robots import CameraConfig, OpenCVCameraConfig, RobotConfig, SO100FollowerConfig, filmed
 
 GAINS = {"position_p_coefficient": 16, "position_i_coefficient": 0, "position_d_coefficient": 32}  # what lerobot writes; settable since 0.6

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gr00t_fast.contracts import SO100_JOINTS, MotorLoads
-from gr00t_fast.errors import BusFault, Gr00tFastError, RobotError, require
+from gr00t_fast.base.contracts import SO100_JOINTS, MotorLoads
+from gr00t_fast.base.errors import BusFault, Gr00tFastError, RobotError, require
 from gr00t_fast.robots.bus import BAUD_RATE, EXCHANGE_FAILED, LINK_LOST, WAIT_S, ServoState, error_names, exchange
+from gr00t_fast.robots.calibration import JointCalibration
+from gr00t_fast.robots.feetech import MODEL_STS3215, Instruction, Register, Request, Status, decode_signed, from_word
 from gr00t_fast.robots.lerobot_glue import GRIPPER, calibration_differences, lock_port, outside_range
-from gr00t_fast.robots.virtual_bus.protocol import Instruction, Request, Status, decode_signed, from_word
-from gr00t_fast.robots.virtual_bus.servo import MODEL_STS3215, JointCalibration, Register
 
 log = logging.getLogger(__name__)
 

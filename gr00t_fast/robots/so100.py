@@ -13,13 +13,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from gr00t_fast.contracts import SO100_JOINTS, CameraSpec, JointUnit, LandingReport, Observation
-from gr00t_fast.errors import BusFault, CameraError, ConfigError, Gr00tFastError, RobotError
-from gr00t_fast.robots import SO100FollowerConfig, rendered
+from gr00t_fast.base.contracts import SO100_JOINTS, CameraSpec, JointUnit, LandingReport, Observation
+from gr00t_fast.base.errors import ArmAwayError, BusFault, CameraError, ConfigError, Gr00tFastError, MissedReadingError, RobotError
+from gr00t_fast.robots import SimCameraConfig, SO100FollowerConfig, rendered
 from gr00t_fast.robots import lerobot_glue as glue
 from gr00t_fast.robots.bus import (
     EXCHANGE_FAILED,
@@ -33,12 +33,11 @@ from gr00t_fast.robots.bus import (
 )
 from gr00t_fast.robots.lerobot_glue import check_port, ports_message
 from gr00t_fast.robots.motor_state import JumpGuard, PerMinute, ServoHealth
-from gr00t_fast.robots.sim.simulation import RenderedCameras
 from gr00t_fast.robots.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
-READ_PATIENCE_S = 0.5  # without a reading for so long the run ends; the arm meanwhile holds its last goal
+READ_PATIENCE_S = 0.5  # of connecting and switching on: so long a reading is tried for
 FIRST_FRAME_MS = 3000
 OLDEST_FRAME_MS = 500  # an older newest frame means that the camera froze, unless one comes within FRAME_AGAIN_S:
 FRAME_AGAIN_S = 0.2  # what holds up the program holds up the thread that reads its camera
@@ -58,14 +57,25 @@ class Stage(Enum):
     LANDED = "landed"
 
 
+class RenderedCameras(Protocol):
+    """Cameras of `type: sim`: pictures of a scene with the arm in the pose that its servos report."""
+
+    def frames(self, joints: np.ndarray, while_drawing: Callable[[], None]) -> dict[str, np.ndarray]:
+        """Camera name -> uint8 RGB (height, width, 3), of the arm with these joints (6,) in its unit. `while_drawing` is called several times
+        meanwhile."""
+
+
 class SO100FollowerArm:
     """`contracts.Robot` for the real arm. One thread at a time; nothing but Gr00tFastError (and Ctrl-C) leaves its methods."""
 
     joint_names = SO100_JOINTS
     episodes_solved = success = None
 
-    def __init__(self, config: SO100FollowerConfig) -> None:
-        """Touches no hardware. Raises ConfigError when the port is missing or a number makes no sense."""
+    def __init__(
+        self, config: SO100FollowerConfig, render: Callable[[Mapping[str, SimCameraConfig], JointUnit], RenderedCameras] | None = None
+    ) -> None:
+        """`render` opens the cameras of `type: sim`, if there are any. Touches no hardware. Raises ConfigError when the port is missing or a number
+        makes no sense."""
         if not config.port:
             raise ConfigError(f"--robot.port is required for the real arm, e.g. /dev/ttyACM0. {ports_message()}.")
         glue.check_numbers(config)
@@ -79,6 +89,7 @@ class SO100FollowerArm:
         self._stage = Stage.APART
         self._follower: Any = None  # lerobot's SO100Follower
         self._bus: Any = None  # its bus, guarded
+        self._render = render
         self._rendered: RenderedCameras | None = None  # where cameras are of `type: sim`
         self._landing: LandingReport | None = None
         self.check_stop: Callable[[], object] = lambda: None
@@ -110,6 +121,8 @@ class SO100FollowerArm:
         self._unanswered = False  # whether servos were asked in vain while connecting
         self._looking = False  # whether the servos are being looked for
         self._held: np.ndarray | None = None  # the newest reading; also over an outage
+        self._dark = False  # whether the last goal could not be sent
+        self._known_trouble = 0  # after which the servos were asked whether they hold
         try:
             with self._explained("connecting to the arm"):
                 self._connect()
@@ -135,8 +148,9 @@ class SO100FollowerArm:
             self._watchdog.lower_to([*steps.values()])
 
     def observe(self, with_frames: bool = True) -> Observation:
-        """Joints (6,) in `joint_unit` and the newest frames, RGB unless the camera's `color_mode` says otherwise. Raises RobotError, a CameraError
-        where only a camera is to blame."""
+        """Joints (6,) in `joint_unit` and the newest frames, RGB unless the camera's `color_mode` says otherwise. One attempt, which also looks for a
+        port that is lost. Raises MissedReadingError and ArmAwayError where the next one may succeed, else another RobotError, a CameraError where
+        only a camera is to blame."""
         with self._using("observing"):
             joints, time_s = self._read_joints()
             taken = {name: self._read_frame(name, camera) for name, camera in self._follower.cameras.items() if with_frames}
@@ -147,9 +161,9 @@ class SO100FollowerArm:
             return Observation(joints, frames, time_s, self._health.loads, ages_s)
 
     def send(self, targets: np.ndarray) -> None:
-        """Send goal positions (6,) in `joint_unit`; the calibrated range is enforced once more. The first one switches the motors on.
+        """Send goal positions (6,) in `joint_unit`; the calibrated range is enforced once more. The first one switches the motors on. One attempt.
 
-        Raises RobotError.
+        Raises as `observe`; the goal was dropped then.
         """
         with self._using("sending a goal"):
             values = np.asarray(targets, dtype=np.float64)
@@ -183,7 +197,7 @@ class SO100FollowerArm:
     def _connect(self) -> None:
         check_port(self.config.port)
         if self._rendered is None and (drawn := rendered(self.config.cameras)):
-            self._rendered = RenderedCameras(drawn, self.joint_unit)
+            self._rendered = self._render(drawn, self.joint_unit)
         follower = glue.make_follower(self.config)
         glue.check_calibration_file(follower, self.config)
         tries, how_to_calibrate = 1 + self.config.num_read_retries, glue.calibrate_command(self.config)
@@ -198,7 +212,7 @@ class SO100FollowerArm:
         self._repeat("reading the servos' calibration", lambda: glue.check_calibration_in_servos(follower, self.config))
         for name, camera in follower.cameras.items():
             self._open_camera(name, camera)
-        self._read_joints()
+        self._first_reading()
         bus.late_answer_s = LATE_ANSWER_S
 
     def _see_power(self) -> None:
@@ -220,10 +234,10 @@ class SO100FollowerArm:
             return
         self._watchdog.start(self.check_stop)
         if not self._found_powered and not self.stays_powered:
-            self.rest_pose = self._read_joints()[0]
+            self.rest_pose = self._first_reading()
         self._stage = Stage.ENGAGED  # before the first write: whatever goes wrong in it, landing has motors to switch off
         self._repeat("configuring the servos", self._follower.configure)
-        self._read_joints()
+        self._first_reading()
 
     def _exchanging(self) -> None:
         self._watchdog.exchanging()
@@ -284,46 +298,56 @@ class SO100FollowerArm:
 
     # Observing
 
-    def _read_joints(self) -> tuple[np.ndarray, float]:
+    def _first_reading(self) -> np.ndarray:
+        """While connecting and switching on: tried again for READ_PATIENCE_S."""
         give_up_s = time.perf_counter() + READ_PATIENCE_S
-        before, trouble, restored, readings = self._guard.last, self._trouble(), False, 0
         while True:
-            asked_s = time.perf_counter()
             try:
-                self._bus.check_open()
-                reading = self._bus.sync_read("Present_Position")
-                joints, time_s = np.array([reading[joint] for joint in SO100_JOINTS], dtype=np.float64), time.perf_counter()
-                readings, first = readings + 1, self._guard.last is None
-                if self._guard.accepts(joints, asked_s, time_s):
-                    if self._guard.jumped:
-                        self._say_jump(before, joints)
-                    if trouble == self._trouble() or not self._restored(self._held):
-                        self._read_s, self._held = time_s, joints
-                        return joints, time_s
-                    trouble = self._trouble()
-                    if not restored:  # switching on takes a while, which is no part of the patience; a supply that dips again and again is
-                        give_up_s, restored = time.perf_counter() + READ_PATIENCE_S, True
-                    problem = "the servos lost their power again and again"
-                else:
-                    if not first:
-                        self.events["implausible_reading"] += 1
-                    problem = f"readings jump without two in a row agreeing (newest: {np.round(joints, 1).tolist()})"
-                    if readings == 1:
-                        continue  # to a program that was held up it comes late, and needs the second one all the same
-            except Gr00tFastError:
-                raise
-            except EXCHANGE_FAILED as error:
-                problem = _one_line(error)
-                self.events["read_failed"] += 1
-            except LINK_LOST as error:
-                self._reconnect(error)
-                give_up_s, problem = time.perf_counter() + READ_PATIENCE_S, ""
+                return self._read_joints()[0]
+            except MissedReadingError as error:
+                if time.perf_counter() > give_up_s:
+                    raise BusFault(f"{error} Check cables and power of the servos.") from error
             self.check_stop()
-            if time.perf_counter() > give_up_s:
-                raise BusFault(
-                    f"no plausible joint reading from {self.config.port} for {READ_PATIENCE_S} s: {problem}. "
-                    f"{self._slowness()}Check cables and power of the servos."
-                )
+
+    def _read_joints(self) -> tuple[np.ndarray, float]:
+        before = self._guard.last
+        try:
+            if not self._bus.is_connected:
+                self._reconnect()
+            self._bus.check_open()
+            joints, time_s, plausible = self._one_reading()
+            if not plausible:  # to a program that was held up it comes late, and needs the second one all the same
+                joints, time_s, plausible = self._one_reading()
+            if not plausible:
+                newest = np.round(joints, 1).tolist()
+                raise MissedReadingError(f"no plausible joint reading: readings jump without two in a row agreeing (newest: {newest}).")
+            if self._guard.jumped:
+                self._say_jump(before, joints)
+            if self._trouble() != self._known_trouble:  # an exchange has failed: perhaps for want of power
+                restored, self._known_trouble = self._restored(self._held), self._trouble()
+                if restored:
+                    raise ArmAwayError("the servos lost their power for a moment.", READ_PATIENCE_S)
+        except Gr00tFastError:
+            raise
+        except EXCHANGE_FAILED as error:
+            self.events["read_failed"] += 1
+            raise MissedReadingError(
+                f"no plausible joint reading from {self.config.port}: {_one_line(error)}. {self._slowness()}".rstrip()
+            ) from error
+        except LINK_LOST as error:
+            raise self._lost(error) from error
+        self._read_s, self._held = time_s, joints
+        return joints, time_s
+
+    def _one_reading(self) -> tuple[np.ndarray, float, bool]:
+        """Joints (6,), when, and whether they can have got there since the reading before."""
+        asked_s, first = time.perf_counter(), self._guard.last is None
+        reading = self._bus.sync_read("Present_Position")
+        joints, time_s = np.array([reading[joint] for joint in SO100_JOINTS], dtype=np.float64), time.perf_counter()
+        plausible = self._guard.accepts(joints, asked_s, time_s)
+        if not plausible and not first:
+            self.events["implausible_reading"] += 1
+        return joints, time_s, plausible
 
     def _restored(self, before: np.ndarray | None) -> bool:
         """Whether motors that this run has switched on had lost their torque, and hold again."""
@@ -340,7 +364,7 @@ class SO100FollowerArm:
 
     def _trouble(self) -> int:
         """Grows with whatever may have been a dip in the servos' supply: missed answers, and a pose that jumped."""
-        return sum(self.events[name] for name in ("read_retry", "read_failed", "implausible_reading", "status_poll_missed"))
+        return sum(self.events[name] for name in ("read_retry", "read_failed", "implausible_reading"))
 
     def _read_frame(self, name: str, camera: Any) -> tuple[np.ndarray, float]:
         """The newest frame, and its age in seconds. Raises CameraError."""
@@ -369,29 +393,23 @@ class SO100FollowerArm:
     # Sending
 
     def _send(self, goal: np.ndarray) -> None:
-        give_up_s, dark = time.perf_counter() + READ_PATIENCE_S, False
-        while True:
-            try:
-                self._bus.check_open()
-                if (dark or time.perf_counter() - self._read_s > LONGEST_BLIND_S) and self._restored(self._held):
-                    self.events["goal_dropped"] += 1  # it was meant for another pose
-                else:
-                    self._bus.sync_write("Goal_Position", dict(zip(SO100_JOINTS, self._within_step(goal).tolist(), strict=True)))
-                return
-            except Gr00tFastError:
-                raise
-            except EXCHANGE_FAILED as error:
-                if time.perf_counter() > give_up_s:
-                    raise BusFault(
-                        f"the goal could not be sent on {self.config.port}: {_one_line(error)}. {self._slowness()}Check cables and power."
-                    ) from error
-                self.check_stop()
-                self.events["send_retry"] += 1
-                dark = True
-            except LINK_LOST as error:
-                self._reconnect(error)
-                self.events["goal_dropped"] += 1  # it was meant for the moment before the outage; the next tick sends a newer one
-                return
+        try:
+            self._bus.check_open()
+            blind = self._dark or time.perf_counter() - self._read_s > LONGEST_BLIND_S
+            if blind and self._restored(self._held):
+                self.events["goal_dropped"] += 1  # it was meant for another pose
+                raise ArmAwayError("the servos lost their power for a moment.", READ_PATIENCE_S)
+            self._bus.sync_write("Goal_Position", dict(zip(SO100_JOINTS, self._within_step(goal).tolist(), strict=True)))
+            self._dark = False
+        except Gr00tFastError:
+            raise
+        except EXCHANGE_FAILED as error:
+            self.events["send_failed"] += 1
+            self._dark = True
+            raise MissedReadingError(f"the goal could not be sent on {self.config.port}: {_one_line(error)}. {self._slowness()}".rstrip()) from error
+        except LINK_LOST as error:
+            self.events["goal_dropped"] += 1  # it was meant for the moment before the outage; the next tick sends a newer one
+            raise self._lost(error) from error
 
     def _within_step(self, goal: np.ndarray) -> np.ndarray:
         """lerobot's step limit, as its `send_action` applies it. That refuses when a camera is closed; the arm must still be put down then."""
@@ -403,30 +421,30 @@ class SO100FollowerArm:
 
     # Losing and finding the port
 
-    def _reconnect(self, cause: Exception) -> None:
-        """Wait up to `reconnect_s` for the port, and check that the same arm is behind it. Raises RobotError."""
+    def _lost(self, cause: Exception) -> RobotError:
+        """The port has gone: what to raise about it."""
+        if not self._bus.is_connected:  # known already
+            return self._away(cause)
+        self._bus.close()  # the next reading finds and checks the arm anew
         if self._reconnects.exceeded(time.perf_counter()):
-            raise BusFault(
-                f"the port {self.config.port} was lost more than {RECONNECTS} times within a minute. Check the USB cable and its plugs."
-            ) from cause
+            return BusFault(f"the port {self.config.port} was lost more than {RECONNECTS} times within a minute. Check the USB cable and its plugs.")
         log.warning("lost %s (%s); waiting up to %.1f s for it", self.config.port, _one_line(cause), self.config.reconnect_s)
-        give_up_s = time.perf_counter() + self.config.reconnect_s
-        while True:
-            try:
-                self._open_bus(lambda: glue.check_calibration_in_servos(self._follower, self.config))
-                self._restored(self._held)
-                break
-            except Gr00tFastError as error:  # another arm is behind the port, it fell, or another program has taken it
-                raise BusFault(str(error)) from error
-            except (*EXCHANGE_FAILED, *LINK_LOST) as error:
-                if time.perf_counter() > give_up_s:
-                    raise BusFault(
-                        f"the port {self.config.port} was lost ({_one_line(cause)}) and did not come back within "
-                        f"{self.config.reconnect_s} s ({_one_line(error)}). Plug it in again. {ports_message()}."
-                    ) from cause
-                self._bus.close()  # whoever uses the bus next finds and checks the arm anew
-                self._waiting()  # a port that is away takes no exchange, which would be a heartbeat
-                time.sleep(RETRY_PAUSE_S)
+        return self._away(cause)
+
+    def _away(self, cause: Exception) -> ArmAwayError:
+        said = f"the port {self.config.port} was lost ({_one_line(cause)}). Plug it in again. {ports_message()}."
+        return ArmAwayError(said, self.config.reconnect_s)
+
+    def _reconnect(self) -> None:
+        """Look for the port, and check that the same arm is behind it. Raises ArmAwayError while it is not there, and BusFault."""
+        try:
+            self._open_bus(lambda: glue.check_calibration_in_servos(self._follower, self.config))
+            self._restored(self._held)
+        except Gr00tFastError as error:  # another arm is behind the port, it fell, or another program has taken it
+            raise BusFault(str(error)) from error
+        except (*EXCHANGE_FAILED, *LINK_LOST) as error:
+            self._bus.close()
+            raise self._away(error) from error
         self._guard.forget()
         self.events["reconnect"] += 1
         log.warning("%s is back", self.config.port)

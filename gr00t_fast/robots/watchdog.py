@@ -57,8 +57,8 @@ class Watchdog:
     def start(self, check_stop: Callable[[], object]) -> None:
         """Returns once it watches; a second call does nothing. `check_stop` is called meanwhile. Raises RobotError when it does not watch within
         START_S."""
-        from gr00t_fast.contracts import SO100_JOINTS
-        from gr00t_fast.errors import require
+        from gr00t_fast.base.contracts import SO100_JOINTS
+        from gr00t_fast.base.errors import require
 
         if self._process is not None or self._limit_s is None:
             return
@@ -88,7 +88,7 @@ class Watchdog:
 
     @staticmethod
     def _wait_until_ready(process: subprocess.Popen[bytes], check_stop: Callable[[], object]) -> None:
-        from gr00t_fast.errors import RobotError
+        from gr00t_fast.base.errors import RobotError
 
         give_up_s = time.monotonic() + START_S
         while not readable(process.stdout.fileno(), LOOK_S):

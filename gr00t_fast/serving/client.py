@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from gr00t_fast.contracts import ActionPrefix, ModalityConfig, NetworkName, Policy, PolicyMetadata
-from gr00t_fast.errors import ConfigError, ObservationError, ServerError, ServerUnreachableError, WireError, require
+from gr00t_fast.base.contracts import ActionPrefix, ModalityConfig, NetworkName, Policy, PolicyMetadata
+from gr00t_fast.base.errors import ConfigError, ObservationError, ServerError, ServerUnreachableError, WireError, require
 from gr00t_fast.inputs.observation import flat_actions, flat_observation, is_nested, nested_observation
 from gr00t_fast.serving.wire import (
     MAX_MESSAGE_BYTES,

@@ -31,8 +31,8 @@ from typing import Any
 
 import numpy as np
 
-from gr00t_fast.contracts import Policy
-from gr00t_fast.errors import Gr00tFastError, ServerError, WireError, require
+from gr00t_fast.base.contracts import Policy
+from gr00t_fast.base.errors import Gr00tFastError, ServerError, WireError, require
 from gr00t_fast.inputs.observation import LEROBOT_TASK
 from gr00t_fast.serving.service import (
     BUDGET_MESSAGES,

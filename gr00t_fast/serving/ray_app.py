@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from gr00t_fast.errors import ConfigError, Gr00tFastError, ServerError, closest, require
+from gr00t_fast.base.errors import ConfigError, Gr00tFastError, ServerError, closest, require
 from gr00t_fast.serving.http import MAX_CONNECTIONS, HttpApplication, http_service, refuse
 from gr00t_fast.serving.service import SIZES, Service
 

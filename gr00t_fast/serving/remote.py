@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from gr00t_fast.base.contracts import SO100_JOINTS, ActionPrefix, ModalityConfig, Policy, PolicyMetadata
+from gr00t_fast.base.errors import ConfigError, PreflightError, ServerError, ServerUnreachableError
 from gr00t_fast.checkpoint import read_policy_metadata
-from gr00t_fast.contracts import SO100_JOINTS, ActionPrefix, ModalityConfig, Policy, PolicyMetadata
-from gr00t_fast.errors import ConfigError, PreflightError, ServerError, ServerUnreachableError
 from gr00t_fast.inputs.images import to_trained_size
 from gr00t_fast.serving.client import PolicyClient
 from gr00t_fast.serving.wire import metadata_to_message

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from gr00t_fast.contracts import ActionPrefix, Policy
-from gr00t_fast.errors import ServerError, WireError, require
+from gr00t_fast.base.contracts import ActionPrefix, Policy
+from gr00t_fast.base.errors import ServerError, WireError, require
 from gr00t_fast.inputs.observation import is_nested, nested_actions
 from gr00t_fast.serving.service import (
     BUDGET_MESSAGES,

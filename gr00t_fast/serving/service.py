@@ -30,10 +30,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from gr00t_fast.contracts import Policy
-from gr00t_fast.errors import ConfigError, Gr00tFastError, ObservationError, ServerError, WireError, require
+from gr00t_fast.base.contracts import Policy
+from gr00t_fast.base.errors import ConfigError, Gr00tFastError, ObservationError, ServerError, WireError, require
+from gr00t_fast.base.measurement import percentiles
 from gr00t_fast.inputs.observation import flat_observation, is_nested
-from gr00t_fast.measurement import percentiles
 from gr00t_fast.serving.wire import UNAUTHORISED_TEXT
 
 log = logging.getLogger(__name__)

@@ -35,9 +35,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from gr00t_fast.contracts import ModalityConfig, NetworkName, PartStatistics, PolicyMetadata
-from gr00t_fast.errors import WireError, require
-from gr00t_fast.files import parse_json
+from gr00t_fast.base.contracts import ModalityConfig, NetworkName, PartStatistics, PolicyMetadata
+from gr00t_fast.base.errors import WireError, require
+from gr00t_fast.base.files import parse_json
 
 MAX_MESSAGE_BYTES = 48 * 2**20  # a batch of eight with two 1280x720 cameras takes 44 MB
 UNAUTHORISED_TEXT, UNKNOWN_ENDPOINT_TEXT = "Unauthorized: Invalid API token", "Unknown endpoint"  # as NVIDIA's server words them

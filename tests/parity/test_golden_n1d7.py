@@ -22,13 +22,13 @@ from random_networks import edit_json
 from torch import Tensor
 
 from gr00t_fast import load_policy
+from gr00t_fast.base.measurement import StageTimer
 from gr00t_fast.engine.cuda_graph import GraphEngine
 from gr00t_fast.engine.eager import EagerEngine
 from gr00t_fast.engine.fused import fused_model
 from gr00t_fast.inputs.images import view
 from gr00t_fast.inputs.prompt import PromptEncoder, find_tokenizer
 from gr00t_fast.inputs.transforms import ActionTransform, StateTransform
-from gr00t_fast.measurement import StageTimer
 from gr00t_fast.model.language import mrope_tables, prompt_positions
 from gr00t_fast.model.layers import rotary_tables
 from gr00t_fast.networks.n1d7 import PROMPT

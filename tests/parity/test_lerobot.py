@@ -26,19 +26,20 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from gr00t_fast import load_policy
+from gr00t_fast.base.contracts import SO100_JOINTS
+from gr00t_fast.base.errors import CheckpointError, ConfigError, ObservationError
 from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.cli import run
-from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.engine import PolicyInputs
 from gr00t_fast.engine.manifest import Digests, target_of
-from gr00t_fast.errors import CheckpointError, ConfigError, ObservationError
 from gr00t_fast.inputs.embodiment import Embodiment
 from gr00t_fast.inputs.images import view
 from gr00t_fast.model import Gr00t
 from gr00t_fast.model.action_head import euler_step
 from gr00t_fast.policy import Gr00tPolicy
-from gr00t_fast.robots.virtual_bus import VirtualBus, save_calibration
-from gr00t_fast.robots.virtual_bus.servo import Servo, to_units
+from gr00t_fast.robots.calibration import save_calibration, to_units
+from gr00t_fast.virtual.bus import VirtualBus
+from gr00t_fast.virtual.bus.servo import Servo
 
 RECORDED = ("n1d5", "n1d7", "n1d7_relative", "n1d7_local_base")
 CLOSE = 1e-5

@@ -17,9 +17,9 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor
 
 from gr00t_fast import load_policy
-from gr00t_fast.contracts import SO100_JOINTS, ActionPrefix, Observation
+from gr00t_fast.base.contracts import SO100_JOINTS, ActionPrefix, Observation
+from gr00t_fast.base.errors import ConfigError, ObservationError, PreflightError, UnsafeActionError
 from gr00t_fast.control.binding import RobotBinding, resolve_camera_map
-from gr00t_fast.errors import ConfigError, ObservationError, PreflightError, UnsafeActionError
 from lerobot_policy_gr00t_fast.configuration_gr00t_fast import Gr00tFastConfig
 
 _IMAGES, _STATE = "observation.images.", "observation.state"

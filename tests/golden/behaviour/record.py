@@ -84,7 +84,7 @@ def _case_actions(case: Path, processor: Path, data_config: str | None, exports:
 
 
 def _continued(policy: Any, observation: dict[str, Any], noise: np.ndarray, name: str, method: str) -> Iterator[Record]:
-    from gr00t_fast.contracts import ActionPrefix
+    from gr00t_fast.base.contracts import ActionPrefix
 
     batched = any(value.ndim == 5 for key, value in observation.items() if key.startswith("video."))
     single = {key: value[0] if batched and isinstance(value, np.ndarray) else value for key, value in observation.items()}
@@ -131,12 +131,12 @@ def exports() -> Iterator[Record]:
 
 def control() -> Iterator[Record]:
     from control_fakes import FakeClock, FakeRobot
+    from gr00t_fast.control.controller import ChunkController, ControllerOptions
     from virtual_worker import Call, VirtualWorker
 
     from gr00t_fast import load_policy
-    from gr00t_fast.contracts import SO100_JOINTS
+    from gr00t_fast.base.contracts import SO100_JOINTS
     from gr00t_fast.control.binding import RobotBinding
-    from gr00t_fast.control.controller import ChunkController, ControllerOptions
     from gr00t_fast.control.loop import ControlLoop, LoopOptions
     from gr00t_fast.control.pacer import StopSignals
 
@@ -170,8 +170,8 @@ def bus() -> Iterator[Record]:
     import pytest
     from arm_bench import make_arm
 
-    from gr00t_fast.robots.virtual_bus import VirtualBus
-    from gr00t_fast.robots.virtual_bus.servo import Servo
+    from gr00t_fast.virtual.bus import VirtualBus
+    from gr00t_fast.virtual.bus.servo import Servo
 
     writes: list[str] = []
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as directory:
@@ -195,7 +195,7 @@ def bus() -> Iterator[Record]:
 
 
 def _driven(arm: Any, virtual: Any, fault: str | None, writes: list[str]) -> str:
-    from gr00t_fast.errors import Gr00tFastError
+    from gr00t_fast.base.errors import Gr00tFastError
 
     outcome = "ran"
     try:
@@ -223,7 +223,7 @@ def _driven(arm: Any, virtual: Any, fault: str | None, writes: list[str]) -> str
 
 
 def wire() -> Iterator[Record]:
-    from gr00t_fast.contracts import ModalityConfig
+    from gr00t_fast.base.contracts import ModalityConfig
     from gr00t_fast.serving import wire as form
 
     numbers = np.random.default_rng(0)
@@ -264,8 +264,8 @@ def dataset() -> Iterator[Record]:
 
 
 def pictures() -> Iterator[Record]:
-    from gr00t_fast.robots.sim.expert import expert
-    from gr00t_fast.robots.sim.simulation import CAMERA_VIEWS, TICK_S, Simulation
+    from gr00t_fast.virtual.sim.expert import expert
+    from gr00t_fast.virtual.sim.simulation import CAMERA_VIEWS, TICK_S, Simulation
 
     for task in ("reach", "place"):
         simulation = Simulation(task, seed=3)
