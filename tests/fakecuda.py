@@ -189,7 +189,7 @@ def call(engine: Any, case: Case, seed: int = 0) -> Any:
     usual = {"n1.5": ((480, 640), 256), "n1.6": ((252, 336), 108), "n1.7": ((256, 256), 64)}
     size, tokens = ((256, 352), 88) if case.wide else usual[case.network]
     head, images, generator = engine.model.config.head, tokens * case.cameras, np.random.default_rng(seed)
-    text = 32 if case.network == "n1.5" else 15
+    text = {"n1.5": 32, "n1.6": 29, "n1.7": 15}[case.network]
     frames = [generator.integers(0, 255, (1, *size, 3), dtype=np.uint8) for _ in range(case.cameras)]
     ids, lengths = np.full((1, images + text), 7), np.full(1, images + text)
     state = np.zeros((1, head.state_dim), np.float32)
