@@ -35,7 +35,7 @@ from benchmarks.lib.served_policy import ServedPolicy
 from gr00t_fast.base.errors import Gr00tFastError, check_ranges
 from gr00t_fast.base.flags import size_of
 from gr00t_fast.base.measurement import percentiles
-from gr00t_fast.cli.bench import observations_of, random_noise
+from gr00t_fast.evaluation.bench import observations_of, random_noise
 from gr00t_fast.inputs.data_config import load_data_config
 from gr00t_fast.serving import PolicyClient
 

@@ -28,8 +28,9 @@ from benchmarks.lib.program import checkpoint_of, finish, provenance, read_flags
 from gr00t_fast.base.contracts import NetworkName
 from gr00t_fast.base.measurement import percentiles
 from gr00t_fast.checkpoint import open_checkpoint
-from gr00t_fast.cli.bench import ARMS, Bench, BenchConfig, compare, seconds_of, table_rows, verdict, word_of
+from gr00t_fast.cli.shared_flags import OutputFlags
 from gr00t_fast.engine import select_device, select_precision
+from gr00t_fast.evaluation.bench import ARMS, Bench, BenchOptions, compare, seconds_of, table_rows, verdict, word_of
 from gr00t_fast.inputs.data_config import DEFAULT_DATA_CONFIG
 from gr00t_fast.model import Gr00t
 from gr00t_fast.policy import Gr00tPolicy
@@ -39,7 +40,7 @@ REFERENCE = "reference"
 
 
 @dataclass(kw_only=True)
-class BenchEnginesConfig(BenchConfig):
+class BenchEnginesConfig(OutputFlags, BenchOptions):
     """Every engine that can be used here against the plain one; without --model_path on random weights of --size (on a CPU written to --out)."""
 
     network: NetworkName = "n1.5"  # with random weights; a --model_path tells its own
@@ -92,7 +93,7 @@ def run(options: BenchEnginesConfig) -> dict[str, Any]:
     """Raises Gr00tFastError."""
     device = select_device(options.device)
     dtype = select_precision(options.precision, device)
-    bench = LaboratoryBench(options, device, dtype)
+    bench = LaboratoryBench(options, device, dtype, options.tell)
     found = compare(bench) | {"at_hz": options.at_hz}
     policies = {name: arm.pop("policy") for name, arm in found["engines"].items()}
     if options.at_hz:

@@ -35,16 +35,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 import numpy as np
 
-from benchmarks.lib.latency import Latency, VirtualWorker, needed_actions, parse_latency, play_until
+from benchmarks.lib.latency import Latency, VirtualClock, VirtualWorker, needed_actions, parse_latency, play_until
 from benchmarks.lib.program import Flags, drawing, finish, in_processes, markdown_table, provenance, read_flags
+from gr00t_fast.base.clock import MonotonicClock
 from gr00t_fast.base.console import progress_bar
 from gr00t_fast.base.contracts import SO100_JOINTS, ActionChunk, CameraSpec, Clock, JointUnit, LandingReport, ModalityConfig, Observation, Policy
 from gr00t_fast.base.errors import ConfigError, check_ranges
+from gr00t_fast.base.worker import ThreadWorker, Worker
 from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.limits import SafetyOptions
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
-from gr00t_fast.control.pacer import MonotonicClock, VirtualClock
-from gr00t_fast.control.planner import DueTarget, Planner, PlannerOptions, PolicyRunner, ThreadWorker, Worker
+from gr00t_fast.control.planner import DueTarget, Planner, PlannerOptions, PolicyRunner
 
 Architecture = Literal["sync", "threaded", "naive_async"]
 SceneKind = Literal["moving", "still"]
@@ -143,6 +144,10 @@ class FifoPlanner:
 
     limit_s = tell_after_s = math.inf
     instruction = ""
+
+    @property
+    def buffer(self) -> FifoPlanner:
+        return self
 
     def __init__(self, policy: Policy, binding: RobotBinding, clock: Clock, worker: Worker, depth: int = QUEUE_DEPTH) -> None:
         self._runner, self._worker, self._depth = PolicyRunner(policy, binding, "", clock), worker, depth

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 import numpy as np
 
-from benchmarks.lib.latency import VirtualWorker, play_until
+from benchmarks.lib.latency import VirtualClock, VirtualWorker, play_until
 from benchmarks.lib.program import finish, in_processes, markdown_table, provenance, read_flags
 from gr00t_fast import load_policy
 from gr00t_fast.base.contracts import ActionPrefix, Clock, LandingReport, Observation, Policy
@@ -36,7 +36,6 @@ from gr00t_fast.base.measurement import wilson_interval
 from gr00t_fast.checkpoint import open_checkpoint, read_policy_metadata
 from gr00t_fast.control.binding import RobotBinding, resolve_camera_map
 from gr00t_fast.control.loop import LoopOptions
-from gr00t_fast.control.pacer import VirtualClock
 from gr00t_fast.control.planner import Planner, PlannerOptions
 from gr00t_fast.engine.manifest import sha256
 from gr00t_fast.robots import SimCameraConfig, SO100SimConfig
@@ -44,7 +43,7 @@ from gr00t_fast.virtual.sim.scene import scene_xml
 from gr00t_fast.virtual.sim.simulation import FIRST_LAYOUT_SEED, SimArm
 
 Scene = Literal["still", "moving"]
-ControllerName = Literal["sync", "threaded", "auto", "rtc"]
+ControllerName = Literal["sync", "threaded", "auto", "prefix"]
 Study = Literal["latency", "steps", "precision"]
 EMBODIMENT_TAG, DATA_CONFIG = "new_embodiment", "so100"  # what training/ writes, and the simulation shows
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,14 +70,14 @@ FACTORS = tuple(field.name for field in fields(Cell))
 
 
 def cells_of_study(study: Study, scenes: Sequence[Scene], engines: Sequence[str]) -> list[Cell]:
-    """latency: loops that wait play 8 or 16 actions per inference, those that think ahead need all 16 to bridge the wait; rtc could
+    """latency: loops that wait play 8 or 16 actions per inference, those that think ahead need all 16 to bridge the wait; prefix could
     differ from threaded only where chunks overlap for long. steps: fewer denoising steps, longer chunks. precision: number formats."""
     if study == "steps":
         return [Cell(scene, "sync", 0, steps, horizon) for scene in scenes for steps in (1, 2, 4, 8) for horizon in (4, 8, 16)]
     if study == "precision":
         return [Cell(scene, engine=engine) for scene in scenes for engine in dict.fromkeys(("eager:fp32", "eager:bf16", *engines))]
     all_ms = (0, 50, 200, 800)
-    arms = [("sync", 8, all_ms), ("sync", 16, all_ms), ("threaded", 16, all_ms), ("rtc", 16, all_ms[2:3])]
+    arms = [("sync", 8, all_ms), ("sync", 16, all_ms), ("threaded", 16, all_ms), ("prefix", 16, all_ms[2:3])]
     return [Cell(scene, name, ms, action_horizon=horizon) for scene in scenes for name, horizon, latencies_ms in arms for ms in latencies_ms]
 
 
@@ -123,7 +122,7 @@ class Outcome:
 class LatePolicy(Policy):
     """A policy whose answers take `latency_ms` of simulated time. Inference k of an episode starts from the same noise in every cell."""
 
-    continues = frozenset({"rtc", "prefix"})
+    continues = True
 
     def __init__(self, policy: Any, noise_shape: tuple[int, int], clock: VirtualClock, latency_ms: float, seed: tuple[int, int]) -> None:
         self._policy, self._noise_shape, self._clock, self._latency_s = policy, noise_shape, clock, latency_ms / 1000
@@ -143,7 +142,7 @@ class LatePolicy(Policy):
     def reset(self) -> None:
         self._policy.reset()
 
-    def warm_up(self, instruction: str, prefix_method: str | None = None) -> dict[str, float]:
+    def warm_up(self, instruction: str, continuing: bool = False) -> dict[str, float]:
         """Nothing to warm; what an inference will take."""
         return {"total": 1000 * self._latency_s}
 
@@ -177,7 +176,8 @@ class EvaluatedArm(SimArm):
         self.solved_s: float | None = None
 
     def connect(self) -> None:
-        """Connected already."""
+        """Connected already; what the last episode came to is over."""
+        self.solved_s = None
 
     def land(self, as_found: bool = False) -> LandingReport:
         """Stays connected, and no longer watched: what is left of this episode is none of the next one's business."""
@@ -220,7 +220,7 @@ class EpisodeRunner:
         binding = RobotBinding(late.get_modality_config(), metadata.state_widths, metadata.action_widths, arm.joint_names, cameras)
         overlap = PlannerOptions(
             cell.controller if cell.controller in ("sync", "auto") else "threaded",
-            "rtc" if cell.controller == "rtc" else "none",
+            "prefix" if cell.controller == "prefix" else "none",
             None,
             cell.action_horizon,
         )

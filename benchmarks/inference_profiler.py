@@ -31,7 +31,7 @@ from benchmarks.lib import program
 from benchmarks.lib.latency import BRIDGE_MARGIN_TICKS, SYNC_MARGIN_S, needed_actions, parse_latency
 from gr00t_fast.base.errors import ConfigError, check_ranges
 from gr00t_fast.base.measurement import percentiles
-from gr00t_fast.cli.bench import seconds_of
+from gr00t_fast.evaluation.bench import seconds_of
 
 _ENOUGH_CALLS = 50  # with fewer, p99 is the maximum and little else
 _TRAINED_HORIZON = 16  # of SO-100 fine-tunes, N1.5's and N1.7's

@@ -29,7 +29,7 @@ class SamePictureEngine(Engine):
 
     @torch.inference_mode()
     def run(self, inputs: Any, noise: Tensor, denoising_steps: int, timer: Any, continuation: Any = None) -> Tensor:
-        """noise (B, H, A) -> normalised actions (B, H, A). `continues` is empty, so that `continuation` is never given."""
+        """noise (B, H, A) -> normalised actions (B, H, A). `continues` is False, so that `continuation` is never given."""
         head = self.model.head
         with timer.stage("preprocess"):
             inputs = inputs.to(self.device, self.dtype)

@@ -19,9 +19,9 @@ _HOME = {
     "load_policy": "policy",
     "Gr00tPolicy": "policy",
     "DataConfig": "inputs.data_config",
-    "Observation": "contracts",
-    "ActionChunk": "contracts",
-    "Gr00tFastError": "errors",
+    "Observation": "base.contracts",
+    "ActionChunk": "base.contracts",
+    "Gr00tFastError": "base.errors",
 }
 __all__ = ["ActionChunk", "DataConfig", "Gr00tFastError", "Gr00tPolicy", "Observation", "__version__", "load_policy"]
 

@@ -214,7 +214,7 @@ class Gr00tPolicy(Policy):
         return self.checkpoint.network.protocol
 
     @property
-    def continues(self) -> frozenset[str]:
+    def continues(self) -> bool:
         return self.engine.continues
 
     @property
@@ -276,7 +276,7 @@ class Gr00tPolicy(Policy):
         (B, T, D); the instruction as str or list of str. Unbatched in, unbatched out. NVIDIA's nested form is taken too. Where a checkpoint
         reads earlier times (`delta_indices` of `get_modality_config`), T is their number, oldest first.
         noise: (B, trained horizon, A), numpy or torch; makes the call reproducible. Drawn from the policy's generator when absent.
-        prefix: actions to continue (real-time chunking); without it, or with no rows in it, the call is exactly the same as ever.
+        prefix: actions to continue; without it, or with no rows in it, the call is exactly the same as ever.
         Returns `action.<part>` float32 (action_horizon, D) or (B, action_horizon, D). Raises what `preprocess`, `infer` and `postprocess` raise.
         """
         timer = StageTimer(self.engine.synchronise)
@@ -299,9 +299,11 @@ class Gr00tPolicy(Policy):
                 answers[number] = error
         if begun:
             _, parts, starts, continued, _ = zip(*begun, strict=True)
-            if method := next((part.method for part in continued if part is not None), None):  # weights of 0 continue nothing
-                continued = [part or Continuation(*[torch.zeros(start.shape)] * 2, method) for part, start in zip(continued, starts, strict=True)]
-            rows = self._run(PolicyInputs.together(parts), torch.cat(starts), Continuation.together(continued), timer)
+            continuation = None
+            if any(continued):  # weights of 0 continue nothing
+                filled = [part or Continuation(*[torch.zeros(start.shape)] * 2) for part, start in zip(continued, starts, strict=True)]
+                continuation = Continuation.together(filled)
+            rows = self._run(PolicyInputs.together(parts), torch.cat(starts), continuation, timer)
             chunks = np.split(rows, np.cumsum([part.batch for part in parts])[:-1])
             for (number, inputs, _, _, prefix), chunk in zip(begun, chunks, strict=True):
                 try:
@@ -330,11 +332,8 @@ class Gr00tPolicy(Policy):
     def _beginning(self, inputs: PolicyInputs, noise: Any, prefix: ActionPrefix | None) -> tuple[Tensor, Continuation | None]:
         """What denoising begins with, and what it is to continue."""
         known = self.processor.known_rows(prefix, inputs)
-        if known and prefix.method not in self.engine.continues:
-            possible = ", ".join((*sorted(self.engine.continues), "none"))
-            raise ConfigError(
-                f"the engine '{self.engine.name}' cannot continue a chunk by '{prefix.method}'. Use --smoothing={possible}, or --engine=eager."
-            )
+        if known and not self.engine.continues:
+            raise ConfigError(f"the engine '{self.engine.name}' cannot continue a chunk. Use --smoothing=none, or --engine=eager.")
         continuation = self._continuation(known, prefix, inputs) if known else None
         return self._noise(noise, inputs.batch), continuation  # noise last: a refused observation uses up none
 
@@ -359,7 +358,7 @@ class Gr00tPolicy(Policy):
         """
         with (timer or StageTimer()).stage("postprocess"):
             actions = self.processor.action(chunk[:, : self.action_horizon], inputs.raw_state)
-            for key, rows in self.processor.known_rows(prefix, inputs).items():  # exactly, without what guidance leaves and normalising rounds
+            for key, rows in self.processor.known_rows(prefix, inputs).items():  # exactly, without what normalising rounds
                 committed = min(prefix.inference_delay, self._action_horizon)
                 actions[key][:, :committed] = rows[:, :committed]
             unusable = [key for key, values in actions.items() if not np.isfinite(values).all()]
@@ -378,10 +377,10 @@ class Gr00tPolicy(Policy):
         actions, weights = torch.zeros(inputs.batch, horizon, width), torch.zeros(horizon, width)
         actions[:, : rows.shape[1], : rows.shape[2]] = rows
         weights[:, : rows.shape[2]] = prefix_weights(horizon, prefix.inference_delay, rows.shape[1])[:, None]
-        return Continuation(actions, weights.expand_as(actions), prefix.method)
+        return Continuation(actions, weights.expand_as(actions))
 
-    def warm_up(self, instruction: str | None = None, prefix_method: str | None = None) -> dict[str, float]:
-        """Run until the first-call costs are paid, with `prefix_method` those of continuing a chunk too; returns the last call's timing.
+    def warm_up(self, instruction: str | None = None, continuing: bool = False) -> dict[str, float]:
+        """Run until the first-call costs are paid, with `continuing` those of continuing a chunk too; returns the last call's timing.
 
         Does not disturb the noise sequence of a seeded policy. Raises CheckpointError when an action is NaN or infinite.
         """
@@ -391,8 +390,8 @@ class Gr00tPolicy(Policy):
             with warming_up(self.engine):
                 for _ in range(_WARM_UP_CALLS):
                     actions = self.get_action(observation)
-                for _ in range(_WARM_UP_CALLS if prefix_method is not None else 0):
-                    self.get_action(observation, prefix=ActionPrefix(actions, 1, prefix_method))
+                for _ in range(_WARM_UP_CALLS if continuing else 0):
+                    self.get_action(observation, prefix=ActionPrefix(actions, 1))
         except UnsafeActionError as error:
             narrow = self.dtype != torch.float32
             raise CheckpointError(

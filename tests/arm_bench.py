@@ -12,10 +12,10 @@ from typing import Any, NoReturn
 import numpy as np
 from control_fakes import FakeClock, FakePolicy, binding
 
+from gr00t_fast.base.clock import MonotonicClock
 from gr00t_fast.base.contracts import SO100_JOINTS, LandingReport, Observation
 from gr00t_fast.base.errors import ArmAwayError, BusFault, MissedReadingError
 from gr00t_fast.control.loop import PATIENCE_S, ControlLoop, LoopOptions
-from gr00t_fast.control.pacer import MonotonicClock
 from gr00t_fast.control.planner import Planner, PlannerOptions
 from gr00t_fast.robots import SO100FollowerConfig
 from gr00t_fast.robots.calibration import save_calibration, to_units

@@ -19,10 +19,11 @@ from gr00t_fast.base.contracts import (
     Policy,
     PolicyMetadata,
 )
+from gr00t_fast.base.signals import StopSignals
+from gr00t_fast.base.worker import ThreadWorker, Worker
 from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
-from gr00t_fast.control.pacer import StopSignals
-from gr00t_fast.control.planner import Planner, PlannerOptions, ThreadWorker, Worker
+from gr00t_fast.control.planner import Planner, PlannerOptions
 
 LIMITS = np.array([[-110.0, 110.0]] * 5 + [[0.0, 100.0]])
 TICK_S = 1 / 30
@@ -138,7 +139,7 @@ class FakePolicy(Policy):
     def reset(self) -> None:
         self.resets += 1
 
-    def warm_up(self, instruction: str | None = None, prefix_method: str | None = None) -> dict[str, float]:
+    def warm_up(self, instruction: str | None = None, continuing: bool = False) -> dict[str, float]:
         self.warmed_up = instruction
         return {}
 

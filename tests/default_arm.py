@@ -60,7 +60,7 @@ class Standing(FakePolicy):
         targets[:] = np.nan if odd == "nan" else targets
         return {"action.single_arm": targets[:, :5], "action.gripper": targets[:, 5:]}
 
-    def warm_up(self, instruction: str | None = None, prefix_method: str | None = None) -> dict[str, float]:
+    def warm_up(self, instruction: str | None = None, continuing: bool = False) -> dict[str, float]:
         return {"total": 1000 * self._inference_s}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.engine import Target
 from gr00t_fast.engine.manifest import target_of
-from gr00t_fast.export import OnnxOptions
+from gr00t_fast.export import OnnxOptions, SampleOptions
 from gr00t_fast.export.graphs import Layout, graph_tables, graphs_of, plain_outputs
 from gr00t_fast.export.onnx import export_onnx, shapes_of
 from gr00t_fast.export.verify import Case, collect_cases
@@ -37,7 +37,7 @@ def target_for(checkpoint: Path, data_config: str | None = "so100", tag: str = "
 
 
 def cases_of(checkpoint: Path, count: int = 3, source: str = "random:0") -> list[Case]:
-    return collect_cases(target_for(checkpoint), source, frames=count, seed=0, noise_seed=0, allow_few=True)[0]
+    return collect_cases(target_for(checkpoint), SampleOptions(observations=source, frames=count, allow_few=True), noise_seed=0)[0]
 
 
 def network_inputs(policy: Gr00tPolicy, observation: dict[str, Any]) -> ModelInputs:

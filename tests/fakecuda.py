@@ -41,7 +41,7 @@ class Case:
     engine: str
     cameras: int = 1
     wide: bool = False
-    continuation: str | None = None
+    continues: bool = False
     short: bool = False
 
     @property
@@ -51,7 +51,7 @@ class Case:
             self.engine,
             f"{self.cameras} cameras" if self.cameras > 1 else "",
             "4:3" if self.wide else "",
-            self.continuation or "",
+            "prefix" if self.continues else "",
         )
         return ", ".join(filter(None, (*words, "short" if self.short else "")))
 
@@ -65,11 +65,11 @@ def groups(quick: bool) -> list[list[Case]]:
     for network in ("n1.5", "n1.6", "n1.7"):
         case = functools.partial(Case, network, "cuda_graph")
         compiled = functools.partial(Case, network, "compiled", short=True)
-        recorded = [case(), case(cameras=2), case(continuation="prefix"), case(continuation="rtc")]
+        recorded = [case(), case(cameras=2), case(continues=True)]
         if quick:
             found += [[compiled()], recorded] if network == "n1.7" else [recorded]
         else:
-            found.append([compiled(), compiled(cameras=2), compiled(continuation="rtc")])
+            found.append([compiled(), compiled(cameras=2), compiled(continues=True)])
             found += [recorded, [Case(network, "compiled")]]
         if network == "n1.7":
             recorded.append(case(wide=True))
@@ -195,7 +195,7 @@ def call(engine: Any, case: Case, seed: int = 0) -> Any:
     state = np.zeros((1, head.state_dim), np.float32)
     inputs = PolicyInputs(frames, ids, lengths, np.arange(images) + 3, state, engine.model.to_pixels)
     noise = torch.randn(1, head.action_horizon, head.action_dim)
-    continued = {} if case.continuation is None else {"continuation": Continuation(noise, torch.ones(noise.shape), case.continuation)}
+    continued = {"continuation": Continuation(noise, torch.ones(noise.shape))} if case.continues else {}
     return engine.run(inputs, noise, 4, StageTimer(), **continued)
 
 

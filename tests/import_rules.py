@@ -13,7 +13,7 @@ from pathlib import Path
 SCRIPT = "a script"
 PROGRAMS = ("benchmarks", "training", SCRIPT)
 LAYERS = (
-    *(("base",), ("model",), ("inputs",), ("networks",), ("checkpoint",), ("engine",), ("policy",)),
+    *(("base",), ("model",), ("inputs",), ("networks",), ("checkpoint",), ("engine",), ("policy", "options")),
     *(("export", "serving", "control", "robots"), ("virtual", "record"), ("evaluation",), ("cli",), PROGRAMS),
 )
 # Narrower than the layers: the only units of this project that these may import, besides themselves.

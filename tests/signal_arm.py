@@ -10,7 +10,7 @@ import time
 
 from control_fakes import Bench
 
-from gr00t_fast.control.pacer import MonotonicClock
+from gr00t_fast.base.clock import MonotonicClock
 
 
 def main(path: str, mode: str) -> int:

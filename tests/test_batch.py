@@ -11,7 +11,7 @@ from random_networks import Sizes, observation, write_network
 
 from gr00t_fast import Gr00tPolicy, load_policy
 from gr00t_fast.base.contracts import ActionPrefix
-from gr00t_fast.base.errors import ConfigError, ObservationError
+from gr00t_fast.base.errors import ObservationError
 from gr00t_fast.virtual.random_checkpoint import write_random_checkpoint
 
 UNEQUAL = ["pick", "put the red block into the bowl, then wave", "pick it up", "x"]
@@ -105,15 +105,15 @@ def _call(batched: dict, item: int, noise: np.ndarray, **options: object) -> dic
     return {"observation": {key: value[item] for key, value in batched.items()}, "noise": noise[item : item + 1], **options}
 
 
-@pytest.mark.parametrize("method", [None, "rtc", "prefix"])
-def test_calls_of_several_clients_get_together_what_each_gets_alone(policy: Gr00tPolicy, method: str | None) -> None:
+@pytest.mark.parametrize("continuing", [False, True])
+def test_calls_of_several_clients_get_together_what_each_gets_alone(policy: Gr00tPolicy, continuing: bool) -> None:
     """With prefixes of other lengths and delays, and instructions of other lengths."""
     batched, noise = observation(policy.name, batch=3, instruction=UNEQUAL[:3]), _noise(policy, 3)
     calls = [_call(batched, item, noise) for item in range(3)]
-    if method is not None:
+    if continuing:
         before = policy.get_action(**calls[0])
         for item, (rows, delay) in enumerate([(9, 2), (5, 0), (12, 7)]):
-            calls[item]["prefix"] = ActionPrefix({key: values[:rows] for key, values in before.items()}, delay, method)
+            calls[item]["prefix"] = ActionPrefix({key: values[:rows] for key, values in before.items()}, delay)
     together = policy.get_actions(calls)
     for call, found in zip(calls, together, strict=True):
         for key, alone in policy.get_action(**call).items():
@@ -132,22 +132,12 @@ def test_a_call_that_cannot_be_used_fails_alone(policy: Gr00tPolicy) -> None:
         np.testing.assert_allclose(found["action.single_arm"], policy.get_action(**call)["action.single_arm"], rtol=0, atol=CLOSE_DEG)
 
 
-def test_one_batch_is_of_one_form(policy: Gr00tPolicy) -> None:
-    batched, noise = observation(policy.name, batch=2, instruction=EQUAL[:2]), _noise(policy, 2)
-    calls = [_call(batched, item, noise) for item in range(2)]
-    before = policy.get_action(**calls[0])
-    one, other = ({"prefix": ActionPrefix(before, 2, method)} for method in ("prefix", "rtc"))
-    with pytest.raises(ConfigError, match="of one method"):
-        policy.get_actions([calls[0] | one, calls[1] | other])
-
-
-@pytest.mark.parametrize("method", ["rtc", "prefix"])
-def test_a_prefix_without_rows_is_none_in_a_batch_too(policy: Gr00tPolicy, method: str) -> None:
+def test_a_prefix_without_rows_is_none_in_a_batch_too(policy: Gr00tPolicy) -> None:
     batched, noise = observation(policy.name, batch=3, instruction=EQUAL[:3]), _noise(policy, 3)
     calls = [_call(batched, item, noise) for item in range(3)]
     alone = [policy.get_action(**call) for call in calls]
-    calls[0]["prefix"] = ActionPrefix({key: values[:7] for key, values in alone[2].items()}, 2, method)
-    calls[1]["prefix"] = ActionPrefix({key: values[:0] for key, values in alone[2].items()}, 0, method)
+    calls[0]["prefix"] = ActionPrefix({key: values[:7] for key, values in alone[2].items()}, 2)
+    calls[1]["prefix"] = ActionPrefix({key: values[:0] for key, values in alone[2].items()}, 0)
     alone[0] = policy.get_action(**calls[0])
     for found, expected in zip(policy.get_actions(calls), alone, strict=True):
         for key, values in expected.items():

@@ -45,7 +45,7 @@ def test_each_item_gets_its_own_actions(policy: Gr00tPolicy, made: Made, continu
     if continued:
         before = policy.get_action(**calls[0])
         for item, call in enumerate(calls):
-            call["prefix"] = ActionPrefix({key: rows[: 8 - item] for key, rows in before.items()}, item, "prefix")
+            call["prefix"] = ActionPrefix({key: rows[: 8 - item] for key, rows in before.items()}, item)
     alone = [policy.get_action(**call) for call in calls]
     run, sizes = policy.engine.runtime.run_stage, []
 

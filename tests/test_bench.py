@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import yaml
 
-from gr00t_fast.cli.bench import fastest
 from gr00t_fast.cli.main import main
+from gr00t_fast.evaluation.bench import fastest
 
 TRAINED = Path(__file__).parent.parent / "checkpoints" / "so100-sim-reach"
 

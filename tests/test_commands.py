@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from gr00t_fast import options
 from gr00t_fast.base.flags import flags_of
-from gr00t_fast.cli import export, shared_flags
 from gr00t_fast.cli.main import COMMANDS, command, main
 from gr00t_fast.cli.run import parse, settings_of
+from gr00t_fast.export import ExportPrecision
 
 ROOT = Path(__file__).parent.parent
 TRAINED = ROOT / "checkpoints" / "so100-sim-reach"
@@ -109,9 +110,9 @@ def test_an_engine_that_is_gone_is_refused_with_the_others(capsys: pytest.Captur
 def test_the_words_for_engines_and_precisions_are_those_of_the_engines() -> None:
     from gr00t_fast.engine import ENGINES, EXPORTED, PRECISIONS
 
-    assert set(typing.get_args(shared_flags.EngineName)) == {"auto", *ENGINES, *EXPORTED}
-    assert set(typing.get_args(shared_flags.ExportedName)) == set(EXPORTED)
-    assert typing.get_args(export.ExportPrecision) == tuple(PRECISIONS)
+    assert set(typing.get_args(options.EngineName)) == {"auto", *ENGINES, *EXPORTED}
+    assert set(typing.get_args(options.ExportedName)) == set(EXPORTED)
+    assert typing.get_args(ExportPrecision) == tuple(PRECISIONS)
 
 
 def test_a_report_can_be_played_again(tmp_path: Path) -> None:

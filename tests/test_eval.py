@@ -13,8 +13,9 @@ import pytest
 
 from gr00t_fast.base.errors import ConfigError
 from gr00t_fast.checkpoint import read_policy_metadata
-from gr00t_fast.cli import eval as program
-from gr00t_fast.cli.eval import CAMERAS, FINE, MODEL, RATE, TIMING, UNITS, Chunk, Episode, Finding, Recorded, judge
+from gr00t_fast.cli.eval import main
+from gr00t_fast.evaluation import eval as program
+from gr00t_fast.evaluation.eval import CAMERAS, FINE, MODEL, RATE, TIMING, UNITS, Chunk, Episode, Finding, Recorded, judge
 from gr00t_fast.inputs.data_config import DATA_CONFIGS
 from gr00t_fast.inputs.dataset import LeRobotFrames
 
@@ -86,7 +87,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluate(dataset: Path, out: Path, capsys: pytest.CaptureFixture[str], *more: str) -> dict[str, Any]:
-    assert program.main([f"--model_path={CHECKPOINT}", f"--dataset={dataset}", f"--out={out}", "--episodes=all", "--json", *more]) == 0
+    assert main([f"--model_path={CHECKPOINT}", f"--dataset={dataset}", f"--out={out}", "--episodes=all", "--json", *more]) == 0
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
@@ -173,6 +174,6 @@ def test_what_does_not_fit_is_refused_with_the_way_out(dataset: Path, tmp_path: 
     wrong = {f"--dataset={CHECKPOINT}": "info.json is missing", "--episodes=7": "no episode '7'"}
     monkeypatch.setattr(LeRobotFrames, "tasks_of", lambda self, number: [])
     for flag, told in (wrong | {"--seed=0": "--lang_instruction"}).items():
-        assert program.main([f"--model_path={CHECKPOINT}", f"--dataset={dataset}", f"--out={tmp_path}", flag]) == 2
+        assert main([f"--model_path={CHECKPOINT}", f"--dataset={dataset}", f"--out={tmp_path}", flag]) == 2
         assert told in capsys.readouterr().err
     assert evaluate(dataset, tmp_path, capsys, "--lang_instruction=Reach the block")["instructions"] == ["Reach the block"]

@@ -58,7 +58,7 @@ def test_graphs_and_memory_of_what_engines_ask_a_gpu_for_are_the_committed_ones(
     committed = json.loads(fakecuda.COMMITTED.read_text())
     if committed["torch"] != torch.__version__:
         pytest.skip(f"the figures are of torch {committed['torch']}, and this is {torch.__version__}")
-    assert len(found) >= 10
+    assert len(found) >= 8
     here = {name: comparable(name, figures) for name, figures in found.items()}
     there = {name: comparable(name, committed["cases"].get(name, {})) for name in found}
     assert here == there, "if it is meant: python tests/fakecuda.py"

@@ -120,7 +120,7 @@ def test_a_chunk_is_continued_as_by_the_plain_model(policy: Gr00tPolicy, eager: 
     policy.denoising_steps = eager.denoising_steps = 4
     observation, noise = policy.example_observation("pick"), noise_of(5)
     known = {key: rows[4:] for key, rows in eager.get_action(observation, noise=noise).items()}
-    prefix = ActionPrefix(known, 3, "prefix")
+    prefix = ActionPrefix(known, 3)
     expected = eager.get_action(observation, noise=noise, prefix=prefix)["action.single_arm"]
     got = policy.get_action(observation, noise=noise, prefix=prefix)["action.single_arm"]
     np.testing.assert_array_equal(got[:3], known["action.single_arm"][:3])

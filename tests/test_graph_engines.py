@@ -81,14 +81,13 @@ def test_a_batch_of_unequal_prompts_is_its_single_calls(policies: dict) -> None:
             assert_close({key: rows[item] for key, rows in together.items()}, alone)
 
 
-@pytest.mark.parametrize("method", ["prefix", "rtc"])
 @pytest.mark.parametrize("batch", [None, 2])
-def test_continued_chunks_are_those_of_eager(policies: dict, method: str, batch: int | None) -> None:
+def test_continued_chunks_are_those_of_eager(policies: dict, batch: int | None) -> None:
     seen, start = observation(policies["name"], batch=batch), noise(policies["eager"], batch or 1)
     before = policies["eager"].get_action(seen, noise=noise(policies["eager"], batch or 1, seed=1))
     plain = policies["eager"].get_action(seen, noise=start)
     for delay in (0, 3):  # contents only: the same buffers
-        prefix = ActionPrefix({key: rows[..., 5:, :] for key, rows in before.items()}, delay, method)
+        prefix = ActionPrefix({key: rows[..., 5:, :] for key, rows in before.items()}, delay)
         expected, got = (policies[name].get_action(seen, noise=start, prefix=prefix) for name in ("eager", "graph"))
         assert_close(got, expected)
         assert np.abs(expected["action.single_arm"] - plain["action.single_arm"]).max() > 100 * CLOSE_DEG, "it continues nothing"
@@ -96,7 +95,7 @@ def test_continued_chunks_are_those_of_eager(policies: dict, method: str, batch:
 
 
 def test_one_preparation_per_shape(policies: dict) -> None:
-    """Another instruction of the same length, other pictures and another prefix change contents; steps, batch and method change the shape."""
+    """Another instruction of the same length, other pictures and another prefix change contents; steps, batch and a prefix change the shape."""
     policy = policies["graph"]
     policy.denoising_steps = 2
     policy.engine.forget()
@@ -104,13 +103,13 @@ def test_one_preparation_per_shape(policies: dict) -> None:
         seen = observation(policies["name"], instruction=instruction, seed=seed)
         actions = policy.get_action(seen, noise=noise(policy))
     assert len(policy.engine.prepared) == 1
-    for length, method in ((4, "prefix"), (9, "prefix"), (9, "rtc")):
-        policy.get_action(seen, prefix=ActionPrefix({key: rows[:length] for key, rows in actions.items()}, 1, method))
-    assert len(policy.engine.prepared) == 3
+    for length in (4, 9):
+        policy.get_action(seen, prefix=ActionPrefix({key: rows[:length] for key, rows in actions.items()}, 1))
+    assert len(policy.engine.prepared) == 2
     policy.denoising_steps = 1
     policy.get_action(seen)
     policy.get_action(observation(policies["name"], batch=2))
-    assert len(policy.engine.prepared) == 5
+    assert len(policy.engine.prepared) == 4
     policy.engine.forget()
     policy.get_action(observation(policies["name"], batch=3, instruction=UNEQUAL))
     assert [shape.batch for shape in policy.engine.prepared] == [1, 1, 1], "prompts of unequal length are not padded"
@@ -119,8 +118,8 @@ def test_one_preparation_per_shape(policies: dict) -> None:
 def test_warm_up_prepares_continuing_too(policies: dict) -> None:
     policy = policies["graph"]
     policy.engine.forget()
-    policy.warm_up("pick", prefix_method="rtc")
-    assert {shape.continuation for shape in policy.engine.prepared} == {None, "rtc"}
+    policy.warm_up("pick", continuing=True)
+    assert {shape.continues for shape in policy.engine.prepared} == {False, True}
 
 
 def test_a_new_length_in_mid_run_is_said_aloud(policies: dict, caplog: pytest.LogCaptureFixture) -> None:
@@ -187,7 +186,7 @@ def test_compiled_on_a_cpu(tmp_path: Path, precision: str) -> None:
         else:
             off = {name: max(np.abs(actions[key] - expected[key]).max() for key in expected) for name, actions in (("plain", plain), ("got", got))}
             assert off["got"] < 2 * off["plain"] + 0.1
-    prefix = ActionPrefix({key: rows[3:] for key, rows in expected.items()}, 2, "rtc")
+    prefix = ActionPrefix({key: rows[3:] for key, rows in expected.items()}, 2)
     if precision == "fp32":
         assert_close(*(policy.get_action(seen, noise=noise(truth), prefix=prefix) for policy in (compiled, truth)))
 

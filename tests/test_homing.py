@@ -16,9 +16,9 @@ from control_fakes import LIMITS, Bench
 
 from gr00t_fast.base.contracts import SO100_JOINTS
 from gr00t_fast.base.errors import ArmAwayError, BusFault, CameraError, ConfigError, PreflightError, RobotError
+from gr00t_fast.base.signals import FURTHER_AFTER_S
 from gr00t_fast.cli import run
 from gr00t_fast.control.limits import DEFAULT_MAX_SPEED_DEG_S, Limits, Poses, SafetyOptions
-from gr00t_fast.control.pacer import FURTHER_AFTER_S
 from gr00t_fast.inputs.dataset import read_recordings
 
 HOME, REST = (10.0, -60.0, 45.0, 20.0, 0.0, 30.0), (0.0, -90.0, 85.0, 60.0, 0.0, 5.0)

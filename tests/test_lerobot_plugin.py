@@ -113,9 +113,8 @@ def test_a_policy_that_reads_earlier_pictures_gets_those_of_earlier_ticks(plugin
             assert np.array_equal(played[tick : tick + HORIZON], wanted), (first, tick)
 
 
-@pytest.mark.parametrize("smoothing", ["rtc", "prefix"])
-def test_a_chunk_continues_what_is_left_of_the_one_before(plugin: Any, checkpoint: Path, smoothing: str) -> None:
-    policy, ours = make_policy(plugin, checkpoint, smoothing=smoothing), load_policy(checkpoint, device="cpu", precision="fp32")
+def test_a_chunk_continues_what_is_left_of_the_one_before(plugin: Any, checkpoint: Path) -> None:
+    policy, ours = make_policy(plugin, checkpoint), load_policy(checkpoint, device="cpu", precision="fp32")
     assert policy.supports_rtc()
     policy.init_rtc_processor()
     noise = torch.randn(1, *ours.chunk_shape)
@@ -123,7 +122,7 @@ def test_a_chunk_continues_what_is_left_of_the_one_before(plugin: Any, checkpoin
     padded = torch.cat([left, torch.zeros(4, 6)])  # lerobot 0.6 fills up to its execution horizon
     batch, plain = observed(1)
     parts = {"action.single_arm": left[:, :5].numpy(), "action.gripper": left[:, 5:].numpy()}
-    wanted = in_order(ours.get_action(plain, noise=noise, prefix=ActionPrefix(parts, 2, smoothing)))
+    wanted = in_order(ours.get_action(plain, noise=noise, prefix=ActionPrefix(parts, 2)))
     for given in (left, padded, left[None]):
         chunk = policy.predict_action_chunk(batch, inference_delay=2, prev_chunk_left_over=given, noise=noise)
         assert np.array_equal(chunk[0].numpy(), wanted)
@@ -137,9 +136,8 @@ def test_what_cannot_be_used_is_refused(plugin: Any, checkpoint: Path) -> None:
     flags = {field.name: field.default for field in dataclasses.fields(plugin.Gr00tFastConfig)}
     arguments = {name: argument.default for name, argument in inspect.signature(load_policy).parameters.items() if name in flags}
     assert {name: flags[name] for name in arguments} | {"model_path": "", "device": "auto"} == arguments | {"model_path": ""}, "its defaults"
-    for options, named in (({"model_path": ""}, "--policy.model_path is required"), ({"smoothing": "ensemble"}, "smoothing")):
-        with pytest.raises(ConfigError, match=named):
-            make_policy(plugin, checkpoint, **options)
+    with pytest.raises(ConfigError, match=r"--policy.model_path is required"):
+        make_policy(plugin, checkpoint, model_path="")
     with pytest.raises(ConfigError, match=r"--policy.path.*--policy.model_path"):
         plugin.Gr00tFastPolicy.from_pretrained("somewhere")
     other = SimpleNamespace(features={"action": {"names": ["x.pos", *(f"{joint}.pos" for joint in SO100_JOINTS[1:])]}})

@@ -17,12 +17,12 @@ from control_fakes import TICK_S, Bench
 from waiting import PATIENCE_S, until
 
 from gr00t_fast.base.errors import ArmAwayError, RobotError, UnsafeActionError
+from gr00t_fast.base.signals import FURTHER_AFTER_S, PRESSED_ANEW_S, StopRequested, StopSignals
 from gr00t_fast.control.limits import DEFAULT_MAX_SPEED_DEG_S, HOME_SPEED_DEG_S, MAX_HELD_TICKS, Poses
 from gr00t_fast.control.modes import Mode
-from gr00t_fast.control.pacer import FURTHER_AFTER_S, PRESSED_ANEW_S, StopRequested, StopSignals
 from gr00t_fast.control.planner import PlannerOptions
 from gr00t_fast.record.progress import dry_run_table
-from gr00t_fast.record.report import build_report
+from gr00t_fast.record.report import build_report, tracking_error
 
 STEP = DEFAULT_MAX_SPEED_DEG_S * TICK_S  # how far a target may go in a tick
 
@@ -171,7 +171,7 @@ def test_episodes_reset_robot_and_policy_with_their_own_seed() -> None:
     assert bench.robot.seeds == [7, 8, 9]
     assert (bench.policy.resets, trace.episodes) == (3, 3)
     assert np.bincount(trace.arrays()["episode"]).tolist() == [14, 14, 14]  # the first tick of each sees, the second plays
-    assert trace.tracking_error().shape == (39, 6)  # no pair across two episodes, none that ends at a new chunk
+    assert tracking_error(trace.arrays()).shape == (39, 6)  # no pair across two episodes, none that ends at a new chunk
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_data_configs_and_tags_that_do_not_fit_are_refused(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "change", "code", "says"),
     [
-        (("--controller=threaded", "--smoothing=rtc"), None, 0, "torque off; safe"),
+        (("--controller=threaded", "--smoothing=prefix"), None, 0, "torque off; safe"),
         ((), ("statistics.json", f"{TAG}.state.single_arm", 0.01), 1, "radians"),
         (("--robot.cameras={top: {type: sim, width: 64, height: 48}}",), None, 1, "no camera of the robot provides 'front', 'wrist'"),
     ],

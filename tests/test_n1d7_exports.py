@@ -16,7 +16,7 @@ from random_networks import edit_json
 
 from gr00t_fast import Gr00tPolicy, load_policy
 from gr00t_fast.base.contracts import ActionPrefix
-from gr00t_fast.base.errors import ConfigError, EngineError, ObservationError, StaleEngineError
+from gr00t_fast.base.errors import EngineError, ObservationError, StaleEngineError
 from gr00t_fast.base.measurement import StageTimer, saturates_8_bits
 from gr00t_fast.cli import export
 from gr00t_fast.cli.main import main
@@ -92,12 +92,10 @@ def test_the_policy_gives_the_eager_actions(made: Made, eager: Gr00tPolicy, engi
         before, got = (policy.get_action(seen, noise=start) for policy in (eager, exported))
         assert_close(got, before)
     moved = observation(9)
-    known = ActionPrefix({key: rows[4:] for key, rows in before.items()}, 2, "prefix")
+    known = ActionPrefix({key: rows[4:] for key, rows in before.items()}, 2)
     continued, expected = (policy.get_action(moved, noise=start, prefix=known) for policy in (exported, eager))
     assert_close(continued, expected)
     assert np.abs(expected["action.single_arm"][:2] - before["action.single_arm"][4:6]).max() == 0
-    with pytest.raises(ConfigError, match="cannot continue a chunk by 'rtc'"):
-        exported.get_action(moved, prefix=dataclasses.replace(known, method="rtc"))
     both = observation(3, batch=2)
     assert_close(*(policy.get_action(both, noise=noise_of(eager, 2)) for policy in (exported, eager)))
 

@@ -19,7 +19,7 @@ from waiting import until
 
 from gr00t_fast import Gr00tPolicy, load_policy
 from gr00t_fast.base.contracts import ActionPrefix
-from gr00t_fast.base.errors import ConfigError, EngineError, StaleEngineError
+from gr00t_fast.base.errors import EngineError, StaleEngineError
 from gr00t_fast.base.measurement import StageTimer
 from gr00t_fast.cli.export import onnx as main
 from gr00t_fast.engine.exported import OnnxRuntimeEngine
@@ -128,12 +128,10 @@ def test_a_chunk_is_continued_by_prefix(policy: Gr00tPolicy, eager: Gr00tPolicy)
     policy.denoising_steps = eager.denoising_steps = 4
     seen, noise = observation(TWO), _noise()
     before = eager.get_action(observation(TWO, seed=5), noise=noise)
-    prefix = ActionPrefix({key: value[4:12] for key, value in before.items()}, 2, "prefix")
+    prefix = ActionPrefix({key: value[4:12] for key, value in before.items()}, 2)
     ours, theirs = (each.get_action(seen, noise=noise, prefix=prefix) for each in (policy, eager))
     _assert_close(ours, theirs)
     assert np.abs(ours["action.single_arm"] - policy.get_action(seen, noise=noise)["action.single_arm"]).max() > 0.1
-    with pytest.raises(ConfigError, match="cannot continue a chunk by 'rtc'.*--smoothing=prefix"):
-        policy.get_action(seen, prefix=ActionPrefix(prefix.actions, 2, "rtc"))
 
 
 # --- the files -----------------------------------------------------------------------------------------------------------------------

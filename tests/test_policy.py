@@ -290,7 +290,7 @@ class OwnEngine(Engine):
 @pytest.mark.parametrize("lacks", ["synchronise", "device", "run"])
 def test_an_engine_that_lacks_something_is_refused_when_it_is_given(checkpoint: Path, lacks: str) -> None:
     class Lacking:
-        name, device, dtype, continues = "own", torch.device("cpu"), torch.float32, frozenset()
+        name, device, dtype, continues = "own", torch.device("cpu"), torch.float32, False
         run = OwnEngine.run
 
         def synchronise(self) -> None: ...

@@ -25,8 +25,8 @@ pytest.importorskip("mujoco")
 from arm_bench import OFF, Camera, make_arm, real_time_loop, true_joints
 
 from gr00t_fast.base.errors import CameraError, InferenceTimeoutError, RobotError
+from gr00t_fast.base.signals import FURTHER_AFTER_S, StopSignals
 from gr00t_fast.control.limits import Poses, SafetyOptions
-from gr00t_fast.control.pacer import FURTHER_AFTER_S, StopSignals
 from gr00t_fast.robots.calibration import to_units
 from gr00t_fast.robots.feetech import Register
 from gr00t_fast.virtual.bus import VirtualBus

@@ -17,11 +17,11 @@ import pytest
 from control_fakes import FakeRobot, policy_metadata
 from serving_fakes import ArithmeticPolicy, assert_same, observation, running
 
+from gr00t_fast.base.clock import MonotonicClock
 from gr00t_fast.base.contracts import ModalityConfig
 from gr00t_fast.base.errors import ConfigError, PreflightError, ServerError, WireError
 from gr00t_fast.cli import run as cli
 from gr00t_fast.cli import serve
-from gr00t_fast.control.pacer import MonotonicClock
 from gr00t_fast.record.report import without_secrets
 from gr00t_fast.serving import HttpPolicyServer, PolicyServer
 from gr00t_fast.serving.remote import RemotePolicy
@@ -192,7 +192,7 @@ def test_metadata_and_style_are_those_of_our_server(metadata: Path) -> None:
     said: list[str] = []
     with running(PolicyServer(ArithmeticPolicy(), port=0)) as server:
         with connected(server, said, model_path=str(metadata)) as policy:
-            assert policy.continues == {"rtc", "prefix"}
+            assert policy.continues
             assert policy.metadata.resolutions == {"webcam": (40, 32)}
         assert "--model_path is not used" in " ".join(said)
         with pytest.raises(ConfigError, match=r"--prompt_style=nvidia .* policy server"), connected(server, prompt_style="nvidia"):
@@ -225,7 +225,7 @@ def test_warm_up_finds_what_the_server_cannot_do(metadata: Path, monkeypatch: py
     policy = ArithmeticPolicy()
     with running(PolicyServer(policy, port=0)) as server:
         with connected(server, action_horizon=16) as remote:
-            remote.warm_up("go", prefix_method="rtc")
+            remote.warm_up("go", continuing=True)
             assert policy.calls == 3
         with connected(server, action_horizon=17) as remote, pytest.raises(ConfigError, match=r"--action_horizon=17 is more than the 16"):
             remote.warm_up("go")
@@ -235,7 +235,7 @@ def test_warm_up_finds_what_the_server_cannot_do(metadata: Path, monkeypatch: py
     with reference.Server(ArithmeticPolicy()) as server, connected(server, model_path=str(metadata)) as remote:
         remote.warm_up("go")
         with pytest.raises(ConfigError, match=r"cannot continue a chunk, as --smoothing=prefix asks.* gr00t-fast serve"):
-            remote.warm_up("go", prefix_method="prefix")
+            remote.warm_up("go", continuing=True)
 
 
 @pytest.mark.parametrize(("style", "prompt"), [("plain", "pick: it"), ("nvidia", "['pick: it']")])
@@ -264,7 +264,7 @@ BAD = {
     "--server=tcp://a:1 --denoising_steps=2": "--denoising_steps belongs on the command line",
     "--server=tcp://a:1 --device=cpu": "--device belongs on the command line",
     "--server=tcp://a:1 --data_config=so100_dualcam": "belongs on the command line of the policy server",  # without --model_path
-    "--server=tcp://a:1 --controller=sync --smoothing=rtc": "--smoothing=rtc needs --controller",
+    "--server=tcp://a:1 --controller=sync --smoothing=prefix": "--smoothing=prefix needs --controller",
 }
 
 

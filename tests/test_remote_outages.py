@@ -23,11 +23,12 @@ from control_fakes import FakeRobot
 from serving_fakes import ArithmeticPolicy, ServerProcess, observation, running
 from waiting import until
 
+from gr00t_fast.base.clock import MonotonicClock
 from gr00t_fast.base.errors import ServerError, ServerUnreachableError
+from gr00t_fast.base.signals import StopSignals
 from gr00t_fast.cli import run as cli
 from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
-from gr00t_fast.control.pacer import MonotonicClock, StopSignals
 from gr00t_fast.record.report import as_text, build_report
 from gr00t_fast.serving import PolicyClient, PolicyServer
 from gr00t_fast.serving.remote import RemotePolicy
@@ -179,7 +180,7 @@ def another_behind_a_proxy(server: Server, flags: tuple[str, ...]) -> Run:
 
 
 SYNC, MOVING = ("--controller=sync", "--action_horizon=8"), ("--controller=threaded",)
-CONTROLLERS = (SYNC, MOVING, (*MOVING, "--smoothing=rtc"))
+CONTROLLERS = (SYNC, MOVING, (*MOVING, "--smoothing=prefix"))
 SCENARIOS = [(another_behind_a_proxy, ())]
 SCENARIOS += [(restarted, flags) for flags in CONTROLLERS] + [(hanging, MOVING)]
 SCENARIOS += [(scenario, flags) for scenario in (for_good, never_there) for flags in (SYNC, MOVING)]

@@ -107,9 +107,9 @@ def test_refusals_reach_the_client_and_the_server_goes_on(server: PolicyServer, 
         *(("get_action", data, "expected a map") for data in (None, [1], "text")),
         *[("get_action", instructed("bug"), "ZeroDivisionError: a bug")] * 3,
     ]
-    for value in (np.array(["ping", "kill"]), np.array(["rtc"]), 3, ["ping"], None, "x" * 50_000):
+    for value in (np.array(["ping", "kill"]), np.array(["prefix"]), "rtc", 3, ["ping"], None, "x" * 50_000):
         request = {"observation": observation(), "prefix": {"actions": {}, "delay": 0, "method": value}}
-        refused += [(value, observation(), "endpoint"), ("get_action_with_options", request, "rtc or prefix as method")]
+        refused += [(value, observation(), "endpoint"), ("get_action_with_options", request, "prefix as method")]
     large = {f"a{number:0100}": 0 for number in range(1000)}
     refused += [
         ("get_action", observation(**{"state.single_arm": np.full((100_000, 1, 5), np.nan)}), r"state\.single_arm"),
@@ -148,7 +148,7 @@ def test_token_is_asked_for_and_kill_ends_the_server(policy: ArithmeticPolicy) -
 def test_our_client_gets_the_actions_of_an_n1d5_server(data_config: str, batch: int | None) -> None:
     seen, policy = observation(batch, CAMERAS[data_config]), ArithmeticPolicy(data_config)
     with reference.Server(policy, api_token="secret") as server, PolicyClient(port=server.port, api_token="secret") as client:
-        assert client.continues == {"rtc", "prefix"}
+        assert client.continues
         assert client.ping()
         assert client.get_modality_config() == policy.get_modality_config()
         assert client.get_metadata() is None
@@ -223,7 +223,7 @@ def test_client_and_server_are_a_policy(server: PolicyServer, policy: Arithmetic
         assert client.get_modality_config() == policy.get_modality_config()
         assert_same(client.get_action(seen), ArithmeticPolicy().get_action(seen))
         assert_same(client.get_action(seen, noise=noise), ArithmeticPolicy().get_action(seen, noise))
-        prefix = ActionPrefix({"action.gripper": np.full((4, 1), -5, np.float32)}, inference_delay=3, method="prefix")
+        prefix = ActionPrefix({"action.gripper": np.full((4, 1), -5, np.float32)}, inference_delay=3)
         continued = client.get_action(seen, prefix=prefix)
         assert_same(continued, ArithmeticPolicy().get_action(seen, prefix=prefix))
         assert (continued["action.gripper"][:, 0] == -5).sum() == 3
@@ -260,7 +260,7 @@ def test_our_own_ends_with_an_n1d7_checkpoint(tmp_path: Path, capsys: pytest.Cap
             assert_same(actions, ours.get_action(given))
     noise = generator.standard_normal((1, *ours.chunk_shape)).astype(np.float32)
     expected = ours.get_action(seen, noise=noise)
-    known = ActionPrefix({key: value[4:] for key, value in expected.items()}, 2, "prefix")
+    known = ActionPrefix({key: value[4:] for key, value in expected.items()}, 2)
     with running(PolicyServer(policy, address=f"ipc://{tmp_path}/socket")) as server, PolicyClient(address=server.address) as client:
         with contextlib.closing(RemotePolicy(server.address, None, 20.0, 1.0, echo=lambda _: None)) as remote:
             assert remote.metadata.state_widths == ours.metadata.state_widths

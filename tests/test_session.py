@@ -16,8 +16,8 @@ from waiting import PATIENCE_S
 
 from gr00t_fast.base.errors import ObservationError, RobotError
 from gr00t_fast.base.keyboard import BACKSPACE, ENTER, ESCAPE, LEFT, RIGHT, Keys
+from gr00t_fast.base.worker import ThreadWorker
 from gr00t_fast.cli import run
-from gr00t_fast.control.planner import ThreadWorker
 from gr00t_fast.control.session import SAVE_LIMIT_S, Session
 
 TASK = "pick: the cube"  # of the bench

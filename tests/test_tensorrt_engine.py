@@ -166,9 +166,8 @@ def test_a_padded_batch_gives_each_item_its_own_actions(opened: TensorRTEngine, 
 def test_a_chunk_is_continued_as_by_the_eager_engine(opened: TensorRTEngine, checkpoint: Path) -> None:
     eager = EagerEngine(load_network(checkpoint))
     inputs, noise = random_inputs(eager.model.config, text_tokens=TEXT)
-    continuation = Continuation(
-        torch.randn(noise.shape, generator=torch.Generator().manual_seed(1)), prefix_weights(16, 3, 10)[:, None].expand(1, 16, 32), "prefix"
-    )
+    known = torch.randn(noise.shape, generator=torch.Generator().manual_seed(1))
+    continuation = Continuation(known, prefix_weights(16, 3, 10)[:, None].expand(1, 16, 32))
     expected = eager.run(inputs, noise, 4, StageTimer(), continuation)
     assert distance(opened.run(inputs, noise, 4, StageTimer(), continuation), expected, noise) < 1e-4
 

@@ -21,12 +21,13 @@ from hypothesis import strategies as st
 from virtual_worker import VirtualWorker
 from waiting import PATIENCE_S, until
 
+from gr00t_fast.base.clock import MonotonicClock
 from gr00t_fast.base.contracts import ActionPrefix, Observation, Policy
 from gr00t_fast.base.errors import ConfigError, InferenceTimeoutError
+from gr00t_fast.base.worker import thread_left_running
 from gr00t_fast.control.limits import DEFAULT_MAX_SPEED_DEG_S
 from gr00t_fast.control.modes import Mode
-from gr00t_fast.control.pacer import MonotonicClock
-from gr00t_fast.control.planner import DueTarget, Planner, PlannerOptions, thread_left_running
+from gr00t_fast.control.planner import DueTarget, Planner, PlannerOptions
 from gr00t_fast.record.report import as_text, build_report
 
 # `GR00T_FAST_VIRTUAL_TICKS=1000000 pytest tests/test_threaded.py` is the full count, under a minute.
@@ -47,7 +48,7 @@ class ScriptedPolicy(Policy):
     `script`: what each call does, repeated for ever: "ok", "lost" (UnreachableError), "crash" (a bug), "nan".
     """
 
-    continues = frozenset({"rtc", "prefix"})
+    continues = True
 
     def __init__(self, script: list[str], horizon: int) -> None:
         self._script, self._horizon = itertools.cycle(script), horizon
@@ -182,7 +183,7 @@ def check(account: Account, due: DueTarget | None, tick: int, policy: ScriptedPo
 EVENT = st.sampled_from(["ok"] * 12 + ["lost", "lost", "crash", "nan"])
 DELAY = st.one_of(st.integers(1, 12), st.integers(1, 12), st.integers(1, 12), st.integers(20, 150))
 SKIP = st.sampled_from([1] * 10 + [2, 7])
-OVERLAP = st.builds(lambda join: PlannerOptions("threaded", join, max_hold_s=None), st.sampled_from(["none", "rtc", "prefix"]))
+OVERLAP = st.builds(lambda join: PlannerOptions("threaded", join, max_hold_s=None), st.sampled_from(["none", "prefix"]))
 
 
 def test_a_million_virtual_ticks() -> None:
@@ -212,7 +213,7 @@ def test_a_million_virtual_ticks() -> None:
 def test_a_prefix_is_what_plays_from_the_observation_on_and_none_where_that_is_nan() -> None:
     for answer in ("ok", "nan"):
         policy, worker = ScriptedPolicy([answer], 16), VirtualWorker([5])
-        controller = overlapping(policy, PlannerOptions("threaded", smoothing="rtc"), worker)
+        controller = overlapping(policy, PlannerOptions("threaded", smoothing="prefix"), worker)
         controller.reset()
         play_ticks(controller, worker, 60)
         assert worker.calls > 3
@@ -222,18 +223,18 @@ def test_a_prefix_is_what_plays_from_the_observation_on_and_none_where_that_is_n
             assert policy.prefixes == []
     rows = prefix.actions["action.single_arm"]
     assert (rows[:, 0] + rows[:, 1]).tolist() == [observed + i for i in range(len(rows))]
-    assert (len(rows), prefix.inference_delay, prefix.method) == (13, 3, "rtc")  # what is seen in one tick arrives five half ticks later
+    assert (len(rows), prefix.inference_delay) == (13, 3)  # what is seen in one tick arrives five half ticks later
 
 
 def test_a_prefix_commits_to_the_longest_of_the_last_delays() -> None:
     """Before anything has been measured, to what continuing a chunk took at warm-up: the first chunk of all continues none."""
 
     class Warmed(ScriptedPolicy):
-        def warm_up(self, instruction: str, prefix_method: str) -> dict[str, float]:
+        def warm_up(self, instruction: str, continuing: bool) -> dict[str, float]:
             return {"total": 120.0}
 
     policy, worker = Warmed(["ok"], 16), VirtualWorker([0, 0, *[5] * 6, 13, *[5] * 50])
-    controller = overlapping(policy, PlannerOptions("threaded", smoothing="rtc"), worker)
+    controller = overlapping(policy, PlannerOptions("threaded", smoothing="prefix"), worker)
     controller.warm_up()
     controller.reset()
     play_ticks(controller, worker, 160)
@@ -332,10 +333,10 @@ def test_an_inference_longer_than_a_chunk_is_refused_before_the_arm_moves() -> N
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"controller": "sync", "smoothing": "rtc"}, "--smoothing=rtc"),
+        ({"controller": "sync", "smoothing": "prefix"}, "--smoothing=prefix"),
         ({"max_hold_s": 0.0}, "--max_hold_s"),
         ({"action_horizon": 0}, "--action_horizon"),
-        ({"smoothing": "rtc"}, "FakePolicy"),  # cannot continue a chunk
+        ({"smoothing": "prefix"}, "FakePolicy"),  # cannot continue a chunk
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, Any], named: str) -> None:
@@ -449,7 +450,7 @@ class TestThread:
         program = """
 import time
 from gr00t_fast.cli.main import leave
-from gr00t_fast.control.planner import ThreadWorker
+from gr00t_fast.base.worker import ThreadWorker
 worker = ThreadWorker()
 worker.submit(lambda: time.sleep(1000))
 assert not worker.close(0.1)

@@ -29,8 +29,8 @@ import numpy as np
 from gr00t_fast.base.contracts import SO100_JOINTS
 from gr00t_fast.base.errors import ConfigError, check_ranges, require
 from gr00t_fast.base.flags import size_of
+from gr00t_fast.base.signals import StopSignals
 from gr00t_fast.cli.main import Command
-from gr00t_fast.control.pacer import StopSignals
 from gr00t_fast.record.recorder import MODALITY, features, modality_of
 from gr00t_fast.virtual.sim.expert import expert
 from gr00t_fast.virtual.sim.scene import GRIPPER, Task

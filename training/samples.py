@@ -23,8 +23,8 @@ import torch
 
 from gr00t_fast.base.errors import ConfigError, RobotError, check_ranges, require
 from gr00t_fast.base.files import atomic_write
+from gr00t_fast.base.signals import StopSignals
 from gr00t_fast.cli.main import Command
-from gr00t_fast.control.pacer import StopSignals
 from gr00t_fast.model.vision import pixel_values
 from gr00t_fast.virtual.sim.expert import GraspKinematics
 from gr00t_fast.virtual.sim.scene import GRIPPER, LIMITS_DEG, PAN_AXIS_XY_M, degrees_to_radians

@@ -33,8 +33,8 @@ from gr00t_fast.base.contracts import SO100_JOINTS
 from gr00t_fast.base.errors import ConfigError, check_ranges, require
 from gr00t_fast.base.files import atomic_write
 from gr00t_fast.base.measurement import provenance
+from gr00t_fast.base.signals import StopSignals
 from gr00t_fast.cli.main import Command
-from gr00t_fast.control.pacer import StopSignals
 from gr00t_fast.engine import select_device
 from gr00t_fast.inputs.data_config import DATA_CONFIGS
 from gr00t_fast.inputs.prompt import PromptEncoder

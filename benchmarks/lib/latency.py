@@ -15,8 +15,8 @@ import numpy as np
 
 from gr00t_fast.base.contracts import Clock, Observation, Robot
 from gr00t_fast.base.errors import ConfigError
+from gr00t_fast.base.signals import StopSignals
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
-from gr00t_fast.control.pacer import StopSignals, VirtualClock
 from gr00t_fast.control.planner import Planner
 
 # One tick because an answer plays from the tick after it came, the others for threads that wake up late.
@@ -107,6 +107,22 @@ def play_until(over: Callable[[Observation], bool], reason: str, arm: Robot, pla
     if stop.exit_code:
         raise KeyboardInterrupt
     return loop
+
+
+class VirtualClock:
+    """Time that moves only when somebody sleeps: nothing waits, and the same run has the same result."""
+
+    def __init__(self) -> None:
+        self.time_s = 0.0
+
+    def now_s(self) -> float:
+        return self.time_s
+
+    def sleep_until_s(self, deadline_s: float) -> None:
+        self.time_s = max(self.time_s, deadline_s)
+
+    def suspended_s(self) -> float:
+        return 0.0
 
 
 class VirtualCall(Future[Any]):

@@ -28,6 +28,7 @@ from gr00t_fast.base.contracts import NetworkName
 from gr00t_fast.base.errors import ConfigError, MissingExtraError
 from gr00t_fast.base.flags import help_text, parse_flags
 from gr00t_fast.cli.main import guarded
+from gr00t_fast.cli.others import FLAGS_OF_OTHERS
 
 EXIT_DIFFERS, EXIT_USAGE = 1, 2
 
@@ -78,7 +79,7 @@ def read_flags(config_class: type[Config], argv: Sequence[str] | None, doc: str)
         print(help_text(config_class, doc.strip()))
         raise SystemExit(0)
     try:
-        config, notes = parse_flags(config_class, words)
+        config, notes = parse_flags(config_class, words, others=FLAGS_OF_OTHERS)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_USAGE) from None

@@ -165,7 +165,7 @@ def reference_engine(checkpoint: Path, embodiment_tag: str, device: torch.device
 class ReferenceEngine(Engine):
     """The second reference (transformers' towers, lerobot's action head, language head included)."""
 
-    name, continues = "reference", frozenset()
+    name = "reference"
 
     def __init__(self, checkpoint: Path, embodiment_tag: str, device: torch.device, dtype: torch.dtype) -> None:
         """Raises MissingExtraError without transformers and lerobot, CheckpointError without the files that they read."""

@@ -86,13 +86,11 @@ class ActionPrefix:
     actions: `action.<part>` in joint units, (L, D) or (B, L, D) as the observation is batched; row 0 is due at the observation's own tick.
     inference_delay: so many rows are expected to have been executed when the new chunk arrives (0 <= inference_delay <= L), and come back exactly as
     they were given; the rest may still change, the sooner due the less. A chunk that arrives later than expected joins at a row that could change.
-    method: "rtc" pulls the denoising towards the rows through the network's gradient (real-time chunking, Black et al. 2025), "prefix" mixes them
-    in at every denoising step, by the same weights and without a gradient (cheaper): in full within the delay, then the less the later they are due.
+    They are mixed in at every denoising step: in full within the delay, then the less the later they are due.
     """
 
     actions: Mapping[str, np.ndarray]
     inference_delay: int
-    method: Literal["rtc", "prefix"] = "rtc"
 
 
 @runtime_checkable
@@ -105,7 +103,7 @@ class Policy(Protocol):
     metadata: PolicyMetadata | None = None  # what its checkpoint was trained on, where that is known
     protocol: NetworkName = "n1.5"  # which NVIDIA's clients of it speak: flat (N1.5's), or nested with N1.5's arrays (N1.6's) or its own (N1.7's)
     action_horizon: int | None = None  # how many actions a call returns; None: not known before the first one
-    continues: frozenset[str] = frozenset()  # methods of ActionPrefix that `get_action` can do
+    continues: bool = False  # whether `get_action` takes an ActionPrefix
     computes: bool = True  # False: it plays what was recorded, and there are no inferences to speak of
     last_timing: Mapping[str, float] = MappingProxyType({})  # stages of the last call in ms, `total` among them
     max_batch: int = 1  # how many calls `get_actions` computes at once
@@ -114,14 +112,14 @@ class Policy(Protocol):
     def get_action(self, observation: dict[str, Any], noise: Any = None, prefix: ActionPrefix | None = None) -> dict[str, np.ndarray]:
         """NVIDIA-style observation dict in, `action.<part>` float32 (H, D) arrays out (batched if the input was).
 
-        noise: makes the call reproducible. prefix: actions to continue, by a method in `continues`; one of no rows is the same as none.
+        noise: makes the call reproducible. prefix: actions to continue, where `continues`; one of no rows is the same as none.
         Raises ObservationError for what cannot be used, and UnsafeActionError instead of returning NaN or infinity. What a server answers comes as
         it is: the control loop sends no such target.
         """
 
     def get_actions(self, calls: Sequence[Mapping[str, Any]]) -> list[dict[str, np.ndarray] | Exception]:
         """Several calls of `get_action`, each by its arguments and with the answer or the error that it would have alone. They are computed together:
-        pictures of one size, and prefixes of one method. Raises what ends all of them."""
+        pictures of one size. Raises what ends all of them."""
         return [self.get_action(**call) for call in calls]
 
     def get_modality_config(self) -> dict[str, ModalityConfig]:
@@ -138,8 +136,8 @@ class Policy(Protocol):
         """Camera -> (width, height) of the frames to come: what `warm_up` is made for. Raises ObservationError for sizes that cannot be used."""
         return None  # as in `close`
 
-    def warm_up(self, instruction: str, prefix_method: str | None = None) -> Mapping[str, float]:
-        """Pay first-call costs, with `prefix_method` those of continuing a chunk too; -> `last_timing` of a call such as those to come, or
+    def warm_up(self, instruction: str, continuing: bool = False) -> Mapping[str, float]:
+        """Pay first-call costs, with `continuing` those of continuing a chunk too; -> `last_timing` of a call such as those to come, or
         nothing where that is not known."""
         return {}
 

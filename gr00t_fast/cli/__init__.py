@@ -1,1 +1,1 @@
-"""The command `gr00t-fast`: one module per subcommand, joined by `main`; `program` holds what they share."""
+"""The command `gr00t-fast`: one thin module per subcommand, joined by `main`; `shared_flags` has what several take."""

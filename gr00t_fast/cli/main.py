@@ -17,14 +17,15 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from gr00t_fast.base import console
 from gr00t_fast.base.console import CLOSED_TERMINAL, Console
 from gr00t_fast.base.errors import ConfigError, Gr00tFastError, closest
 from gr00t_fast.base.flags import help_text, parse_flags
-from gr00t_fast.control.pacer import SIGNAL_EXIT_BASE, StopRequested
+from gr00t_fast.base.signals import SIGNAL_EXIT_BASE, StopRequested
+from gr00t_fast.base.worker import thread_left_running
+from gr00t_fast.cli.others import FLAGS_OF_OTHERS
 
 if TYPE_CHECKING:
     from gr00t_fast.cli.shared_flags import OutputFlags
@@ -89,7 +90,7 @@ class Command(Generic[C]):
 
     def parse(self, argv: Sequence[str]) -> C:
         """The checked configuration; notes go to stderr. Raises ConfigError."""
-        config, notes = parse_flags(self.flags, argv, self.file_of, self.not_from_file)
+        config, notes = parse_flags(self.flags, argv, self.file_of, self.not_from_file, FLAGS_OF_OTHERS)
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
         return config
@@ -249,8 +250,7 @@ def leave(code: int) -> NoReturn:
     code of another thread runs (it may abort instead), so what is left to do at exit is then done here."""
     if console.stuck():
         os._exit(code)
-    controller: ModuleType | None = sys.modules.get("gr00t_fast.control.planner")  # without it no inference can be running
-    if controller is None or not controller.thread_left_running():
+    if not thread_left_running():
         sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -21,11 +21,12 @@ from gr00t_fast.base.errors import AT_LEAST_0, ConfigError, check_ranges
 from gr00t_fast.base.flags import Flags
 from gr00t_fast.cli.main import Command
 from gr00t_fast.cli.run import EXITS, RecordedFacts, RunConfig, drive
-from gr00t_fast.cli.shared_flags import ArmFlags, RunOutputFlags, SafetyFlags
+from gr00t_fast.cli.shared_flags import RunOutputFlags, SafetyFlags
 from gr00t_fast.control.limits import SPEEDS_DEG_S, Poses
 from gr00t_fast.inputs.data_config import load_data_config
 from gr00t_fast.inputs.dataset import LeRobotFrames, read_map
 from gr00t_fast.record.recorder import MODALITY, ROLLOUTS, dataset_directory
+from gr00t_fast.robots import ArmOptions
 
 _PARTS = {"single_arm": 5, "gripper": 1}
 _PICTURES = "observation.images."  # begins the name of a camera's column
@@ -45,7 +46,7 @@ class EpisodeFlags(Flags):
 
 
 @dataclass(kw_only=True)
-class ReplayConfig(RunOutputFlags, SafetyFlags, EpisodeFlags, ArmFlags):
+class ReplayConfig(RunOutputFlags, SafetyFlags, EpisodeFlags, ArmOptions):
     """Play the actions of a recorded episode on an arm: the same loop, limits, watchdog and end as a run.
 
     --config_path may be the file of your runs: its robot and limits count, what it says of outputs does not.

@@ -22,27 +22,31 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gr00t_fast.base import flags
+from gr00t_fast.base.clock import MonotonicClock
 from gr00t_fast.base.contracts import Clock, LandingReport, Observation, Robot
 from gr00t_fast.base.errors import AT_LEAST_1, ConfigError, ServerUnreachableError, check_ranges
 from gr00t_fast.base.files import check_kept
 from gr00t_fast.base.flags import Flags
 from gr00t_fast.base.keyboard import Keys, keys_obstacle
+from gr00t_fast.base.signals import StopSignals
 from gr00t_fast.cli.main import EXIT_ERROR, EXIT_OK, Command
-from gr00t_fast.cli.shared_flags import ArmFlags, PolicyFlags, RunOutputFlags, SafetyFlags, write_pictures
+from gr00t_fast.cli.shared_flags import RunOutputFlags, SafetyFlags
 from gr00t_fast.control.binding import RobotBinding, resolve_camera_map
 from gr00t_fast.control.limits import Poses
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
-from gr00t_fast.control.pacer import FPS_RANGE, MonotonicClock, StopSignals
+from gr00t_fast.control.pacer import FPS_RANGE
 from gr00t_fast.control.planner import DEFAULT_MAX_HOLD_S, Planner, PlannerOptions
 from gr00t_fast.control.preflight import Preflight
 from gr00t_fast.control.session import KEYS_HELP, Session
 from gr00t_fast.inputs.data_config import DEFAULT_DATA_CONFIG
 from gr00t_fast.inputs.dataset import read_recordings
+from gr00t_fast.options import PolicyOptions
+from gr00t_fast.record.pictures import write_pictures
 from gr00t_fast.record.progress import Progress, dry_run_table, summary
 from gr00t_fast.record.recorder import DatasetRecorder, dataset_directory, modality_of
 from gr00t_fast.record.report import Outputs
 from gr00t_fast.record.views import View, display_target, display_view, video_view
-from gr00t_fast.robots import SO100FollowerConfig
+from gr00t_fast.robots import ArmOptions, SO100FollowerConfig
 from gr00t_fast.robots.lerobot_glue import device_faults
 
 _RECORDED_FACTS = ("model_path", "revision", "embodiment_tag", "server", "denoising_steps", "controller")
@@ -89,14 +93,14 @@ class MotionFlags(Flags):
 
     fps: float | None = None  # control rate; default: the rate at which the training data was recorded
     controller: Literal["auto", "sync", "threaded"] = "auto"  # sync: wait for inferences; threaded: move meanwhile; auto: what suits
-    smoothing: Literal["none", "rtc", "prefix"] = "none"  # threaded: how a chunk joins the one before
+    smoothing: Literal["none", "prefix"] = "none"  # threaded: how a chunk joins the one before
     max_hold_s: float | Literal["auto"] | None = "auto"  # how long the arm holds for want of actions; auto: see docs/safety.md; null: no limit
     recordings: Path | None = None  # LeRobotDataset behind the checkpoint: how fast its targets change, and where its episodes begin
     poses: Poses = field(default_factory=Poses)
 
 
 @dataclass(kw_only=True)
-class RunConfig(RunOutputFlags, SafetyFlags, MotionFlags, TaskFlags, ArmFlags, ServerFlags, PolicyFlags):
+class RunConfig(RunOutputFlags, SafetyFlags, MotionFlags, TaskFlags, ArmOptions, ServerFlags, PolicyOptions):
     """Drive an arm with GR00T. Whatever can fail comes before the arm gets torque."""
 
     COMMON = (

@@ -15,14 +15,14 @@ from typing import Any
 from gr00t_fast.base.errors import ConfigError, ServerError, require
 from gr00t_fast.cli.main import EXIT_OK, Command
 from gr00t_fast.cli.run import RunConfig
-from gr00t_fast.cli.shared_flags import PolicyFlags
+from gr00t_fast.options import PolicyOptions
 from gr00t_fast.serving.client import PING_TIMEOUT_S, PolicyClient
 from gr00t_fast.serving.service import check_free, status_line
 from gr00t_fast.serving.wire import tcp_address
 
 
 @dataclass(kw_only=True)
-class ServeConfig(PolicyFlags):
+class ServeConfig(PolicyOptions):
     """Put a checkpoint behind a socket, for NVIDIA's clients and ours."""
 
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: reachable from other machines

@@ -19,10 +19,11 @@ import numpy as np
 
 from gr00t_fast.base.contracts import ActionChunk, Clock, Observation, Robot
 from gr00t_fast.base.errors import ArmAwayError, BusFault, ConfigError, MissedReadingError, ObservationError, UnsafeActionError
+from gr00t_fast.base.signals import StopRequested, StopSignals
 from gr00t_fast.control.camera_watch import CameraFault, CameraWatch
 from gr00t_fast.control.limits import ARRIVED_DEG, Limits, Move, Pose, Poses, SafetyOptions
 from gr00t_fast.control.modes import ENDS, Event, Mode, after
-from gr00t_fast.control.pacer import Pacer, StopRequested, StopSignals
+from gr00t_fast.control.pacer import Pacer
 from gr00t_fast.control.planner import DueTarget, Planner
 from gr00t_fast.control.session import Session
 from gr00t_fast.control.trace import RunTrace, TickRecord
@@ -30,13 +31,14 @@ from gr00t_fast.control.trace import RunTrace, TickRecord
 TICK_HZ = 30.0  # at least: a policy of a lower rate has several ticks to an action, so that keys, limits and watchdog keep theirs
 # A loop that was held up for so long (a program that was stopped, a camera that hung) looks at the arm anew, and what was planned before is over.
 GAP_S = 0.5
-PATIENCE_S = 0.5  # without a reading or a send that worked for so long, the bus counts as faulty; the arm meanwhile holds its last goal
+# Without a reading or a send that worked for so long, and so often (on a machine that is held up one attempt lasts), the bus counts as faulty. The
+# arm holds its last goal meanwhile.
+PATIENCE_S, _MISSES = 0.5, 4
 _SKIPPED_S = 0.15  # more missed ticks in a row than this: the speed limit grows anew
 _TROUBLES = 3  # of the bus's surroundings (a watchdog that has ended, a hot servo) that the move down survives
 # How long a finished run waits for an inference still under way; the arm has landed by then. Longer ones are left to end with the program.
 _JOIN_TIMEOUT_S = 2.0
 _SHOWN_ROWS = 64  # of a chunk, to those who look on; a recording that is replayed is one of thousands
-_DRY_RUN_LOOK_S = 2.0  # what a video of a dry run shows
 
 
 class Observer(Protocol):
@@ -108,7 +110,7 @@ class ControlLoop:
         self._commanded = np.empty(0)  # the last goal that was sent (J,)
         self._playing: ActionChunk | None = None
         self._held_steps = 0  # of the policy, since the last row played
-        self._seen_s, self._missed_s = clock.now_s(), math.inf  # the last reading, and the first since that failed
+        self._seen_s, self._missed_s, self._misses = clock.now_s(), math.inf, 0  # the last reading, the first since that failed, and how many
         self._suspended_s = clock.suspended_s()
         self._step = self._last_step = 0
         self._error: BaseException | None = None  # the one that ended the run
@@ -143,9 +145,9 @@ class ControlLoop:
         except StopRequested as request:
             if self.trace.ended_by == "error" and self._error is None:
                 self.trace.ended_by = request.reason
-            if self._shutting_down:
+            if self.stop.shutting_down:
                 self.echo(f"stopped once more: {self._at_once}, where the arm is")
-            self._happen(Event.STOP_AGAIN if self._shutting_down else Event.STOP)
+            self._happen(Event.STOP_AGAIN if self.stop.shutting_down else Event.STOP)
         except ArmAwayError as error:
             now_s = self.clock.now_s()
             if self.mode is not Mode.AWAY:
@@ -154,18 +156,20 @@ class ControlLoop:
             elif now_s >= self._until_s:
                 self._fail(BusFault(f"{error} It did not come back within {error.patience_s:g} s."))
         except MissedReadingError as error:
-            self._missed_s = min(self._missed_s, self.clock.now_s())
-            if self.clock.now_s() - self._missed_s >= PATIENCE_S:
+            self._missed_s, self._misses = min(self._missed_s, self.clock.now_s()), self._misses + 1
+            if self._misses >= _MISSES and self.clock.now_s() - self._missed_s >= PATIENCE_S:
                 self._fail(BusFault(f"{error} So for {PATIENCE_S:g} s. Check cables and power of the servos."))
         except BaseException as error:  # noqa: BLE001 - raised again once the arm has landed
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        self._error = self._error or error
-        if self._shutting_down and self.mode not in ENDS:
+        fatal = isinstance(error, BusFault)
+        if self.stop.shutting_down:  # said, and the way down goes on
             self._troubles += 1
+            fatal |= self._troubles >= _TROUBLES
             self.echo(f"WARNING: {error}")
-        fatal = isinstance(error, BusFault) or self._troubles >= _TROUBLES
+        if fatal or not self.stop.shutting_down:
+            self._error = self._error or error
         self._happen(Event.FAULT if fatal else Event.STOP)
 
     # From mode to mode
@@ -188,7 +192,7 @@ class ControlLoop:
             self._end_episode()
         elif event is Event.LOST:
             self.planner.expire()
-        elif self.mode in (Mode.PUT_DOWN, *ENDS) and not self._shutting_down:
+        elif self.mode in (Mode.PUT_DOWN, *ENDS) and not self.stop.shutting_down:
             self._shut_down()
 
     def _prepare_episode(self) -> None:
@@ -221,14 +225,12 @@ class ControlLoop:
 
     def _end_episode(self) -> None:
         """The scene is put back, while the arm holds its pose; or it was the last one."""
-        if len(self.trace) == self._first_row and not (self.session.over or self.options.dry_run):
+        if len(self.trace) == self._first_row and not self.session.over:
             self.echo("WARNING: the time limit was over before the episode's first inference was: nothing was sent. Give a longer --timeout.")
         self.session.end("a key" if self.session.over else "the time limit", self.robot.success)
         self.limits.stay()
         more, hold_s = self._episode + 1 < self.options.episodes or self.session.again, self.options.reset_time_s
-        if self.options.dry_run:
-            self._until_s = self.clock.now_s() + (_DRY_RUN_LOOK_S if self.observers else 0.0)
-        elif not more:
+        if not more:
             self._done()
         elif hold_s:
             self._begin_move(self.options.poses.home, "the home pose")
@@ -267,10 +269,6 @@ class ControlLoop:
         self._say_put_down()
         start = self.options.poses.rest == "start"
         self._begin_move(pose, "the pose in which it lay before its torque went on" if start else "the rest pose")
-
-    @property
-    def _shutting_down(self) -> bool:
-        return self.stop.shutting_down
 
     @property
     def _rest_pose(self) -> Pose | None:
@@ -341,7 +339,8 @@ class ControlLoop:
             self._judge_move(observation)
         if self.mode is Mode.CONNECTED:
             self._meet(observation)
-        elif planning and self.mode in (Mode.HOLD, Mode.PLAY):
+            return
+        if planning and self.mode in (Mode.HOLD, Mode.PLAY):
             self._plan(observation)
         self._show(observation, target, sent_s)
 
@@ -353,7 +352,7 @@ class ControlLoop:
         """What has come in since the last tick: stops, gaps, keys, the end of a time, a chunk."""
         self.stop.check()
         self._notice_gap()
-        with suppress(Exception) if self._shutting_down else nullcontext():  # a closed terminal is no reason to let go half-way
+        with suppress(Exception) if self.stop.shutting_down else nullcontext():  # a closed terminal is no reason to let go half-way
             self.session.poll()
         if self.session.pause:
             self.session.pause = False
@@ -373,7 +372,7 @@ class ControlLoop:
     def _notice_gap(self) -> None:
         """Raises UnsafeActionError when the machine was suspended: the arm is put down then."""
         suspended_s, self._suspended_s = self._suspended_s, self.clock.suspended_s()
-        if (slept_s := self._suspended_s - suspended_s) > GAP_S and not self._shutting_down:
+        if (slept_s := self._suspended_s - suspended_s) > GAP_S and not self.stop.shutting_down:
             raise UnsafeActionError(
                 f"the machine was suspended for {slept_s:.0f} s in the middle of the run, and what was planned before is over. Look at the scene "
                 "and start again; 'systemd-inhibit gr00t-fast run ...' keeps a laptop awake."
@@ -388,9 +387,6 @@ class ControlLoop:
         if math.isinf(self._until_s):
             self._until_s = now_s + self.options.reset_time_s
         if (now_s < self._until_s and not self.session.over) or self.session.typing:
-            return False
-        if self.options.dry_run:
-            self._done()
             return False
         again = self.session.settle()
         if self.session.waits:
@@ -416,9 +412,10 @@ class ControlLoop:
         if self._due is None:
             self._happen(Event.UNDERRUN)
             self._check_hold()
-        elif self.options.dry_run:
-            self._show_dry_run(self._due.target)
-        elif self.mode is Mode.HOLD:
+        elif self.options.dry_run:  # one observation and one inference, checked but not sent
+            self.trace.dry_run = self._seen, self._due.target, self.limits.apply(self._due.target)
+            self._done()
+        else:
             self._happen(Event.CHUNK)
 
     def _enter(self, chunk: ActionChunk) -> None:
@@ -452,7 +449,7 @@ class ControlLoop:
         with self.trace.timed("observe"):
             observation = self.robot.observe(self._is_step and self.mode not in (Mode.PUT_DOWN, Mode.AWAY))
         self._notice_gap()
-        self._seen, self._seen_s, self._missed_s = observation, self.clock.now_s(), math.inf
+        self._seen, self._seen_s, self._missed_s, self._misses = observation, self.clock.now_s(), math.inf, 0
         if self.mode is Mode.AWAY:  # it may have sagged meanwhile: on from where it is, not from the last goal
             if self.trace.moved:
                 self.limits.start_anew(observation.joints)
@@ -493,7 +490,7 @@ class ControlLoop:
             time_s=sent_s - self.trace.began_s,
             target=target,
             commanded=commanded,
-            ahead=self.planner.ahead(self._step, _SHOWN_ROWS),
+            ahead=self.planner.buffer.ahead(self._step, _SHOWN_ROWS),
             inference_ms=self._playing.inference_ms,
             stood=not self.trace.chunks[-1].overlapped,
             age_ticks=age_ticks,
@@ -530,11 +527,6 @@ class ControlLoop:
 
     def _names(self, which: np.ndarray) -> str:
         return ", ".join(np.array(self.robot.joint_names)[which])
-
-    def _show_dry_run(self, target: np.ndarray) -> None:
-        """One observation and one inference, checked but not sent."""
-        self.trace.dry_run = self._seen, target, self.limits.apply(target)
-        self._happen(Event.OVER)
 
 
 def _unfailing(echo: Callable[[str], None]) -> Callable[[str], None]:

@@ -33,7 +33,7 @@ class Event(Enum):
     UNDERRUN = "no row is due"
     PAUSE = "a person pauses, or goes on"
     OVER = "the episode's time is up, or a person ends it"
-    DONE = "no episode is left"
+    DONE = "no episode is left, or it was a dry run"
     LOST = "the arm is out of reach, or was for a while"
     BACK = "it has been seen again"
     STOP = "a stop, or trouble that leaves the bus sound"
@@ -51,7 +51,7 @@ TABLE: dict[Mode, dict[Event, Mode | str]] = {
     Mode.APART: {Event.READY: Mode.CONNECTED, Event.STOP: Mode.HELD, Event.FAULT: Mode.RELEASED},
     Mode.CONNECTED: {**_ALWAYS, Event.READY: Mode.MOVE},
     Mode.MOVE: {**_ALWAYS, Event.ARRIVED: Mode.HOLD, Event.PAUSE: Mode.PAUSED},
-    Mode.HOLD: {**_EPISODE, Event.CHUNK: Mode.PLAY},
+    Mode.HOLD: {**_EPISODE, Event.CHUNK: Mode.PLAY, Event.DONE: Mode.PUT_DOWN},
     Mode.PLAY: {**_EPISODE, Event.UNDERRUN: Mode.HOLD},
     Mode.PAUSED: {**_ALWAYS, Event.OVER: Mode.BETWEEN, Event.PAUSE: BEFORE},
     Mode.BETWEEN: {**_ALWAYS, Event.READY: Mode.MOVE, Event.DONE: Mode.PUT_DOWN},

@@ -13,21 +13,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import threading
 from array import array
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from queue import SimpleQueue
 from statistics import median_low
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
 from gr00t_fast.base.contracts import ActionChunk, ActionPrefix, Clock, Observation, Policy
 from gr00t_fast.base.errors import ConfigError, InferenceTimeoutError, UnsafeActionError, check_ranges
 from gr00t_fast.base.measurement import percentiles
+from gr00t_fast.base.worker import ThreadWorker, Worker
 from gr00t_fast.control.binding import RobotBinding
 
 # How long the arm may hold its pose because no action is left. With half a second of actions still to play, an inference that hangs leads to
@@ -40,58 +39,6 @@ USUAL_TIMES = 3.0
 _DELAY_WINDOW = 20  # chunks, some seconds: a spike must not count for longer
 _USUAL_WINDOW = 5  # chunks whose median says whether the arm moves during inferences: three in a row change that
 _TELL_AFTER_S = 2.0  # longer than one or two late chunks last
-_in_a_call: set[threading.Thread] = set()
-
-
-class Worker(Protocol):
-    """Where inference runs, one call at a time. Tests and simulations of slow networks use one without a thread."""
-
-    def submit(self, call: Callable[[], Any]) -> Future[Any]:
-        """Start a call; the one before has ended. Of the answer `done`, `exception` and `result` are asked."""
-
-    def close(self, timeout_s: float) -> bool:
-        """Take no more calls and wait for the running one, at most `timeout_s`. True when it has ended."""
-
-
-class ThreadWorker:
-    """A daemon thread, started with the first call: a call may hang for ever (a driver, a network connection) and must not keep the program from
-    ending, as one of a ThreadPoolExecutor would."""
-
-    def __init__(self) -> None:
-        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
-        self._thread: threading.Thread | None = None
-
-    def submit(self, call: Callable[[], Any]) -> Future[Any]:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="gr00t_fast-inference", daemon=True)
-            self._thread.start()
-        future: Future[Any] = Future()
-        self._calls.put((future, call))
-        return future
-
-    def close(self, timeout_s: float) -> bool:
-        self._calls.put(None)
-        if self._thread is None:
-            return True
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
-
-    def _run(self) -> None:
-        while (item := self._calls.get()) is not None:
-            future, call = item
-            _in_a_call.add(threading.current_thread())
-            try:
-                result, error = call(), None
-            except BaseException as raised:  # noqa: BLE001 - not handled here but handed over: the other thread raises it
-                result, error = None, raised
-            _in_a_call.discard(threading.current_thread())
-            future.set_result(result) if error is None else future.set_exception(error)
-            del item, future, call, result, error  # they hold an observation
-
-
-def thread_left_running() -> bool:
-    """Whether some inference still runs in a thread that could not be joined."""
-    return bool(_in_a_call)
 
 
 @dataclass(frozen=True)
@@ -107,7 +54,7 @@ class PlannerOptions:
     """
 
     controller: Literal["auto", "sync", "threaded"] = "auto"
-    smoothing: Literal["none", "rtc", "prefix"] = "none"
+    smoothing: Literal["none", "prefix"] = "none"
     max_hold_s: float | None = DEFAULT_MAX_HOLD_S
     action_horizon: int | None = None
 
@@ -118,8 +65,8 @@ class PlannerOptions:
             raise ConfigError(f"--smoothing={self.smoothing} needs --controller=auto or threaded: only there inference overlaps the motion.")
 
     @property
-    def prefix_method(self) -> str | None:
-        return None if self.smoothing == "none" else self.smoothing
+    def continuing(self) -> bool:
+        return self.smoothing != "none"
 
 
 @dataclass(frozen=True)
@@ -224,7 +171,8 @@ class Planner:
     """Asks for chunks and says what is due. One thread calls it; the policy, its reset included, runs in the worker only. Nothing here waits but
     `warm_up`.
 
-    lead: a chunk is asked for when so many rows or fewer are left; 0: the arm waits for each. limit_s: how long the arm may hold for want of one.
+    buffer: the chunk that plays. lead: the next one is asked for when so many rows or fewer are left; 0: the arm waits for each. limit_s: how long
+    the arm may hold for want of one.
     """
 
     def __init__(
@@ -242,7 +190,7 @@ class Planner:
         """`recoverable`: errors of the policy after which the arm holds and the next observation is tried (a server that restarts, which tells of
         waiting itself); others end the run. `echo` is told what `auto` chooses and why. Raises ConfigError."""
         self.options = options or PlannerOptions()
-        if self.options.prefix_method and self.options.smoothing not in policy.continues:
+        if self.options.continuing and not policy.continues:
             raise ConfigError(
                 f"--smoothing={self.options.smoothing} needs a policy that can continue a chunk; {type(policy).__name__} cannot. "
                 "Use --engine=eager, or --smoothing=none."
@@ -250,7 +198,7 @@ class Planner:
         self._runner = PolicyRunner(policy, binding, instruction, clock)
         self._fps, self._clock, self._recoverable, self._echo = fps, clock, recoverable, echo
         self._worker = worker or ThreadWorker()
-        self._buffer = ChunkBuffer(in_order=not policy.computes)
+        self.buffer = ChunkBuffer(in_order=not policy.computes)
         self._call: Future[Any] | None = None  # what runs, or has ended and was not taken yet
         self._dropped = self._dropped_before = False  # whether what the call that runs makes is over already, and that of the call before was
         self._getting_ready: tuple[str, float] | None = None  # the next instruction, and until when the policy may take for it
@@ -260,7 +208,7 @@ class Planner:
         self._recent_ticks: deque[int] = deque(maxlen=_DELAY_WINDOW)  # from an observation to the tick its chunk is there
         self._recent_s: deque[float] = deque(maxlen=_DELAY_WINDOW)  # what an inference took
         self._lost_inferences = self._rows = 0  # rows: of the last chunk
-        self._delays, self._estimates = array("q"), array("q")
+        self._delays = array("q")
         self._left_running = False
         self._overlapped: bool | None = None  # what was said last of `auto`
         self._reason = ""
@@ -275,7 +223,7 @@ class Planner:
         and raises what it raises. Waits for it; the arm is not connected yet.
 
         The first chunk continues none and is cheaper to make than those after it: the delay of these is taken from here."""
-        call = self._worker.submit(lambda: self._runner.policy.warm_up(self.instruction, self.options.prefix_method))
+        call = self._worker.submit(lambda: self._runner.policy.warm_up(self.instruction, self.options.continuing))
         call.exception()
         timing_ms: Mapping[str, float] = call.result()
         if "total" in timing_ms:
@@ -299,7 +247,7 @@ class Planner:
                 raise self.timed_out(_WARM_UP_LIMIT_S, "the policy still makes itself ready for the instruction")
             return True
         if math.isinf(end_s):  # nothing of the last episode runs any more
-            self._call = self._worker.submit(lambda: self._runner.policy.warm_up(instruction, self.options.prefix_method))
+            self._call = self._worker.submit(lambda: self._runner.policy.warm_up(instruction, self.options.continuing))
             self._getting_ready = instruction, self._clock.now_s() + _WARM_UP_LIMIT_S
             return True
         call, self._call, self._getting_ready = self._call, None, None
@@ -318,8 +266,8 @@ class Planner:
         """What was planned is over, also what an inference under way makes of it. What was recorded goes on where it stopped: the next call of such a
         policy gets the rest to continue."""
         if not self._runner.policy.computes:
-            self._rest = self._buffer.leftover(self._buffer.next_row_tick()) or self._rest
-        self._buffer.clear()
+            self._rest = self.buffer.leftover(self.buffer.next_row_tick()) or self._rest
+        self.buffer.clear()
         self._dropped = self._call is not None
 
     # At each tick
@@ -346,29 +294,25 @@ class Planner:
             return None
         self._rows = len(timed.chunk.targets)
         self._note(timed.chunk.inference_ms / 1000, max(1, tick - timed.observed))
-        if not self._buffer.offer(timed, tick, self._idle and holding):
+        if not self.buffer.offer(timed, tick, self._idle and holding):
             return None
         self._played = True
         return timed.chunk
 
     def chunk_due(self, tick: int) -> DueTarget | None:
         """What plays at `tick`; None: no row is for it."""
-        return self._buffer.due(tick)
-
-    def ahead(self, tick: int, rows: int) -> np.ndarray:
-        """The next targets (L, J) of the chunk that plays, from `tick` on, at most `rows`; L 0 when it has run out."""
-        return self._buffer.ahead(tick, rows)
+        return self.buffer.due(tick)
 
     def want_inference(self, tick: int) -> bool:
         """Whether to ask now: nothing runs, and `lead` rows or fewer are left after `tick`."""
-        return self._call is None and self._buffer.rows_left(tick + 1) <= self.lead
+        return self._call is None and self.buffer.rows_left(tick + 1) <= self.lead
 
     def ask(self, observation: Observation, tick: int) -> None:
         """Begin the inference of the next chunk, from an observation made at `tick` after its target was sent."""
-        left = self._buffer.rows_left(tick + 1)
+        left = self.buffer.rows_left(tick + 1)
         self._idle = not left
         rest, self._rest = self._rest, {}
-        prefix = ActionPrefix(rest, 0, "prefix") if rest else self._prefix(tick) if left else None
+        prefix = ActionPrefix(rest, 0) if rest else self._prefix(tick) if left else None
         options: dict[str, Any] = {} if prefix is None else {"prefix": prefix}
         if left and self._runner.policy.takes_deadline:
             options["deadline_s"] = left / self._fps  # until the arm has no action left
@@ -403,7 +347,7 @@ class Planner:
             return math.inf
         usual = median_low([*self._recent_ticks][-_USUAL_WINDOW:] or [1])
         # As many rows are over on arrival as play until the next one. How many there are may not be known before the first.
-        bridged = 2 * usual <= (self._horizon or math.inf) or self.options.prefix_method is not None
+        bridged = 2 * usual <= (self._horizon or math.inf) or self.options.continuing
         return self._expected_ticks + 1.0 if bridged else 0.0
 
     @property
@@ -434,11 +378,10 @@ class Planner:
         return {
             "kind": "threaded" if self.lead else "sync",
             "smoothing": self.options.smoothing,
-            "chunks_entered": self._buffer.entered,
-            "chunks_expired": self._buffer.expired,
+            "chunks_entered": self.buffer.entered,
+            "chunks_expired": self.buffer.expired,
             "lost_inferences": self._lost_inferences,
             "delay_ticks": percentiles(self._delays),
-            "delay_estimate_ticks": percentiles(self._estimates),
             "inference_left_running": self._left_running,
             **({"chosen_because": self._reason} if self.options.controller == "auto" else {}),
             **self._runner.policy.summary(),
@@ -452,11 +395,11 @@ class Planner:
 
     def _prefix(self, tick: int) -> ActionPrefix | None:
         """What the new chunk shall continue; None when that is nothing, or nothing to rely on (the policy returned NaN)."""
-        left = self._buffer.leftover(tick) if self.options.prefix_method else {}
+        left = self.buffer.leftover(tick) if self.options.continuing else {}
         if not left or not all(np.isfinite(values).all() for values in left.values()):
             return None
         rows = min(len(values) for values in left.values())
-        return ActionPrefix(left, min(self._expected_ticks, rows), self.options.smoothing)  # type: ignore[arg-type]  # not "none"
+        return ActionPrefix(left, min(self._expected_ticks, rows))
 
     def _note(self, inference_s: float, ticks: int | None = None) -> None:
         """An inference has taken so long, and its chunk was there `ticks` after its observation; None: it was no chunk's."""
@@ -464,7 +407,6 @@ class Planner:
         first = not self._delays
         if ticks is not None:
             self._delays.append(ticks)
-            self._estimates.append(self._expected_ticks)
         took = max(1, math.ceil(inference_s * self._fps))
         self._recent_ticks.append(took if ticks is None else ticks)
         if ticks is not None and first and self.options.controller == "threaded" and took >= self._horizon:

@@ -11,7 +11,7 @@ import numpy as np
 
 from gr00t_fast.base.contracts import Observation
 from gr00t_fast.base.keyboard import BACKSPACE, ENTER, ESCAPE, LEFT, RIGHT, SPACE, Keys
-from gr00t_fast.control.pacer import StopSignals
+from gr00t_fast.base.signals import StopSignals
 
 KEYS_HELP = (
     "keys: space pauses and goes on, right arrow ends the episode, left arrow plays it again, s success, f failure, Esc stops; between episodes t: "

@@ -108,15 +108,3 @@ class RunTrace:
         table = np.frombuffer(bytes(self._rows), self._row)
         starts = np.array([chunk.first_row for chunk in self.chunks if chunk.first_row < len(self)], np.int64)
         return {**{name: table[name].copy() for name in self._row.names or ()}, "chunk_starts": starts}
-
-    def intervals_s(self) -> np.ndarray:
-        """Return the times between rows that played (P - 1,), without those held in between; NaN across episodes."""
-        data = self.arrays()
-        played = ~data["underrun"]
-        return np.where(np.diff(data["episode"][played]) == 0, np.diff(data["time_s"][played]), np.nan)
-
-    def tracking_error(self) -> np.ndarray:
-        """Return |commanded at a tick - measured one tick later| (T', J), pairs of rows that played within one episode."""
-        data = self.arrays()
-        comparable = (np.diff(data["episode"]) == 0) & ~data["underrun"][:-1] & ~data["underrun"][1:]
-        return np.abs(data["commanded"][:-1] - data["measured"][1:])[comparable]

@@ -1,8 +1,8 @@
 """Camera frames to actions as one CUDA graph: one upload, one launch, one download, and nothing in between that asks the GPU a question.
 
 Eager PyTorch launches some 1,500 kernels per inference, and the CPU that launches them is slower than the GPU that runs them: that is most of
-the time on a fast GPU. A graph is recorded once per shape of call (batch, cameras and their sizes, prompt length, denoising steps, and whether and
-how a chunk continues another one) and replayed with a single launch. All engines here run the fused model: `cuda_graph` records it as it is,
+the time on a fast GPU. A graph is recorded once per shape of call (batch, cameras and their sizes, prompt length, denoising steps, and whether a
+chunk continues another one) and replayed with a single launch. All engines here run the fused model: `cuda_graph` records it as it is,
 `compiled` lets Inductor fuse it first, and runs on a CPU too, where nothing is recorded.
 """
 
@@ -20,7 +20,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class GraphEngine(Engine):
     """Over a fused model: camera frames in one upload, the rest recorded. Not thread-safe, as its policy is not."""
 
     max_batch = MAX_BATCH
-    continues = frozenset({"rtc", "prefix"})
+    continues = True
 
     def __init__(self, name: str, model: FusedModel, stages: Stages | None = None) -> None:
         """stages: the model's own, or those compiled."""
@@ -61,7 +61,7 @@ class GraphEngine(Engine):
         """Drop what is recorded, and the memory that it holds."""
         self._prepared.clear()
 
-    @torch.no_grad()  # not inference mode: guidance needs tensors that autograd takes, and compiled stages are compiled for one mode
+    @torch.no_grad()  # not inference mode: compiled stages are compiled for one mode
     def run(self, inputs: PolicyInputs, noise: Tensor, denoising_steps: int, timer: StageTimer, continuation: Continuation | None = None) -> Tensor:
         """As `Engine.run`, on the host; timed as one stage, `graph`. The first call of a shape records it, which takes seconds (compiling takes
         minutes): warm the policy up with the instruction that it will get. Prompts of unequal length run one after the other, as each would alone.
@@ -94,7 +94,7 @@ class GraphEngine(Engine):
 
     def _prepare(self, shape: CallShape, inputs: PolicyInputs, noise: Tensor, continuation: Continuation | None) -> None:
         """With real contents, so that kernels are chosen for them."""
-        continued = f", a chunk continued by {shape.continuation}" if shape.continuation else ""
+        continued = ", a chunk that continues another one" if shape.continues else ""
         tell_new(log, self, f"{shape.prompt_tokens} prompt tokens, {shape.denoising_steps} denoising steps, batch {shape.batch}{continued}")
         call, graph = StaticCall(self.model, shape, self.stages), None
         call.fill(inputs, noise, continuation)
@@ -197,13 +197,12 @@ class CallShape:
     prompt_tokens: int
     image_positions: tuple[int, ...]  # in the prompt
     denoising_steps: int
-    continuation: Literal["rtc", "prefix"] | None = None  # how a chunk continues another one; None: it begins afresh
+    continues: bool = False  # whether a chunk continues another one, or begins afresh
 
     @classmethod
     def of(cls, inputs: PolicyInputs, denoising_steps: int, continuation: Continuation | None = None) -> CallShape:
         frames = tuple(view.shape for view in inputs.frames)
-        method = None if continuation is None else continuation.method
-        return cls(frames, inputs.input_ids.shape[1], tuple(inputs.image_positions.tolist()), denoising_steps, method)
+        return cls(frames, inputs.input_ids.shape[1], tuple(inputs.image_positions.tolist()), denoising_steps, continuation is not None)
 
     @property
     def batch(self) -> int:
@@ -233,15 +232,14 @@ class PackedBuffers:
 
 class StaticCall:
     """`fill` writes host memory, `upload` copies it, `compute` makes `actions` from what is on the device, `download` copies them back.
-    `compute` always touches the same memory and never waits for the device, so it can be recorded. To be made and used without autograd, but not
-    in inference mode, whose tensors autograd refuses when a chunk continues another one."""
+    `compute` always touches the same memory and never waits for the device, so it can be recorded. To be made and used without autograd."""
 
     def __init__(self, model: FusedModel, shape: CallShape, stages: Stages) -> None:
         """`stages`: the model's own, or those compiled."""
         head, batch = model.config.head, shape.batch
         self._model, self._shape, self._stages = model, shape, stages
         size = (batch, head.action_horizon, head.action_dim)
-        continuation = {} if shape.continuation is None else {"known_actions": (torch.float32, size), "known_weights": (torch.float32, size)}
+        continuation = {} if not shape.continues else {"known_actions": (torch.float32, size), "known_weights": (torch.float32, size)}
         self._inputs = PackedBuffers(
             {
                 **{f"frames{index}": (torch.uint8, frames) for index, frames in enumerate(shape.frames)},
@@ -272,17 +270,15 @@ class StaticCall:
 
     def compute(self) -> None:
         given, inputs, dtype = self._inputs.device, self._model_inputs(), self._model.dtype
-        if self._shape.continuation is None:
+        if not self._shape.continues:
             self.actions.copy_(self._stages(inputs, self._constants, given["noise"].to(dtype), self._tables))
             return
         condition = self._stages.prepare(inputs, self._constants)
-        # guidance needs the gradient of the velocity, which kernels and compiled stages need not have
-        velocity_of = self._model.velocity if self._shape.continuation == "rtc" else self._stages.velocity
 
         def velocity(actions: Tensor, step: int) -> Tensor:
-            return velocity_of(actions.to(dtype), condition, self._tables.tau[step], self._tables.modulation[step])
+            return self._stages.velocity(actions.to(dtype), condition, self._tables.tau[step], self._tables.modulation[step])
 
-        continuation = Continuation(given["known_actions"], given["known_weights"], self._shape.continuation)
+        continuation = Continuation(given["known_actions"], given["known_weights"])
         self.actions.copy_(denoise_towards(velocity, given["noise"], self._shape.denoising_steps, continuation))
 
     def _model_inputs(self) -> ModelInputs:

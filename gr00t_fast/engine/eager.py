@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,12 +18,11 @@ from torch import Tensor
 from gr00t_fast.base.errors import ConfigError
 from gr00t_fast.base.measurement import StageTimer
 from gr00t_fast.inputs.processor import PolicyInputs
-from gr00t_fast.model import Condition, Gr00t, ModelInputs, StepTables
-from gr00t_fast.model.action_head import Velocity, integrate
+from gr00t_fast.model import Gr00t, ModelInputs, StepTables
+from gr00t_fast.model.action_head import Velocity, euler_step
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_BATCH = 8  # of engines over the torch model: beyond, a batch of one camera each computes as long as its parts, on GPUs too
-MAX_GUIDANCE_WEIGHT = 5.0  # beta in Black et al. 2025
 
 
 @dataclass(frozen=True)
@@ -32,24 +31,18 @@ class Continuation:
 
     actions: Tensor
     weights: Tensor
-    method: Literal["rtc", "prefix"]
 
     def to(self, device: torch.device) -> Continuation:
-        return Continuation(self.actions.to(device), self.weights.to(device), self.method)
+        return Continuation(self.actions.to(device), self.weights.to(device))
 
     @staticmethod
-    def together(parts: Sequence[Continuation | None]) -> Continuation | None:
-        """Of one batch, in their order; None when all are. Raises ConfigError for different methods."""
-        there = [part for part in parts if part is not None]
-        if not there:
-            return None
-        if len(there) < len(parts) or len({part.method for part in there}) > 1:
-            raise ConfigError("calls of one batch: expected a prefix in none or in all of them, of one method.")
-        return Continuation(torch.cat([part.actions for part in there]), torch.cat([part.weights for part in there]), there[0].method)
+    def together(parts: Sequence[Continuation]) -> Continuation:
+        """Of one batch, in their order."""
+        return Continuation(torch.cat([part.actions for part in parts]), torch.cat([part.weights for part in parts]))
 
     def item(self, index: int) -> Continuation:
         """Of one item of the batch."""
-        return Continuation(self.actions[index : index + 1], self.weights[index : index + 1], self.method)
+        return Continuation(self.actions[index : index + 1], self.weights[index : index + 1])
 
 
 class Inputs(Protocol):
@@ -69,7 +62,7 @@ class Engine(Protocol):
     precision: str = ""  # what it computes in, where that is not `dtype`: int8, fp8
     device: torch.device
     dtype: torch.dtype
-    continues: frozenset[str] = frozenset()  # methods of Continuation that `run` can do
+    continues: bool = False  # whether `run` takes a Continuation
     max_batch: int = 1  # how many observations `run` computes in less time than one after the other
     warming_up: bool = False  # set by the policy while a first call may take seconds without a warning
 
@@ -87,7 +80,7 @@ class Engine(Protocol):
 
 class EagerEngine(Engine):
     name = "eager"
-    continues = frozenset({"rtc", "prefix"})
+    continues = True
     max_batch = MAX_BATCH
 
     def __init__(self, model: Gr00t) -> None:
@@ -106,31 +99,20 @@ class EagerEngine(Engine):
         with timer.stage("refine"):
             condition = head.condition(head.refine(features, inputs.key_mask), inputs.state, inputs.key_mask, inputs.image_positions)
         with timer.stage("denoise"):
-            if continuation is not None:
-                return self._continue(noise, condition, denoising_steps, continuation.to(self.device))
-            return head.denoise(noise.to(self.dtype), condition, self.tables(denoising_steps))
-
-    def _continue(self, noise: Tensor, condition: Condition, steps: int, continuation: Continuation) -> Tensor:
-        """Outside inference mode, whose tensors autograd refuses: what was made inside is copied (some megabytes, once per call)."""
-        tables = self.tables(steps)
-        with torch.inference_mode(False), torch.no_grad():
-            condition, tau, modulation = _copied(condition), tables.tau.clone(), tables.modulation.clone()
+            tables = self.tables(denoising_steps)
+            if continuation is None:
+                return head.denoise(noise.to(self.dtype), condition, tables)
 
             def velocity(actions: Tensor, step: int) -> Tensor:
-                return self.model.head.velocity(actions.to(self.dtype), condition, tau[step], modulation[step])
+                return head.velocity(actions.to(self.dtype), condition, tables.tau[step], tables.modulation[step])
 
-            return denoise_towards(velocity, noise.clone(), steps, continuation)
+            return denoise_towards(velocity, noise, denoising_steps, continuation.to(self.device))
 
     def tables(self, steps: int) -> StepTables:
         """Computed once per step count: changing the number of steps costs one small table, no reload."""
         if steps not in self._tables:
             self._tables[steps] = self.model.head.step_tables(steps)
         return self._tables[steps]
-
-
-def _copied(condition: Condition) -> Condition:
-    cross = [(keys.clone(), values.clone()) for keys, values in condition.cross]
-    return Condition(condition.prefix.clone(), cross, None if condition.key_mask is None else condition.key_mask.clone())
 
 
 def check_own_engine(engine: Any) -> None:
@@ -162,22 +144,10 @@ def warming_up(engine: Engine) -> Iterator[None]:
 
 # --- chunks that continue another one
 #
-# Real-time chunking integrates the same velocity in another way. GR00T's flow runs from noise at t = 0 to actions at t = 1 along
-# `a_t = (1 - t) noise + t actions`, and the network gives the velocity `v(a_t, t) = E[actions - noise | a_t]`. That is the direction of Black et
-# al. 2025 (arXiv 2506.07339, tau = t), so their formulas hold without a change of sign. Derived once more:
-#
-# * The network's guess of the end is `â = a_t + (1 - t) v`.
-# * `noise = (a_t - t actions) / (1 - t)` and the score of p_t is `-E[noise | a_t] / (1 - t)`; eliminating the expectations gives
-#   `v = (a_t + (1 - t) score) / t`. Conditioning on known actions Y adds `grad log p(Y | a_t)` to the score, hence `(1 - t) / t` of it to v.
-# * With `p(Y | a_t)` taken as normal around â, of variance `r² = (1 - t)² / (t² + (1 - t)²)` (the posterior variance of an action of unit
-#   variance), `grad log p(Y | a_t) = (W (Y - â))ᵀ (d â / d a_t) / r²`: a vector-Jacobian product through the network. W weights the rows.
-# * Together: `v + w(t) (W (Y - â))ᵀ (d â / d a_t)` with `w = (1 - t) / (t r²) = (t² + (1 - t)²) / (t (1 - t))`, infinite at t = 0 and clipped.
-#
-# The clip is the paper's beta = 5, and never above the number of Euler steps N: a step moves the end by `w / N` of the gap (where d â / d a_t is
-# near the identity), so a larger weight overshoots. At the paper's N = 5 the two are the same.
-#
-# The cheaper way needs no derivative: at every step the known rows are put back on their own path `(1 - t) noise + t Y`, which the other rows see
-# through attention, and on Y at the end.
+# GR00T's flow runs from noise at t = 0 to actions at t = 1 along `(1 - t) noise + t actions`. After every step the known rows are put back on their
+# own path, by their weights, which ends at the known actions; the other rows see them through attention. That needs no derivative, so that every
+# engine and export has it. Guidance (real-time chunking, with the network's gradient or the identity in its place) and SEAM were measured beside it:
+# DECISIONS.md, Control.
 
 
 def prefix_weights(horizon: int, inference_delay: int, execution_horizon: int) -> Tensor:
@@ -192,30 +162,11 @@ def prefix_weights(horizon: int, inference_delay: int, execution_horizon: int) -
     return weights
 
 
-def guidance_weight(t: float, steps: int) -> float:
-    """w(t) as derived above, at most lerobot's max_guidance_weight."""
-    limit = min(MAX_GUIDANCE_WEIGHT, float(steps))
-    return limit if t == 0 else min(limit, (t**2 + (1 - t) ** 2) / (t * (1 - t)))
-
-
 def denoise_towards(velocity: Velocity, noise: Tensor, steps: int, continuation: Continuation) -> Tensor:
-    """Integrate in fp32: noise (B, H, A) -> normalised actions (B, H, A). `velocity` must be differentiable for method "rtc"."""
-    noise, known, weights = noise.float(), continuation.actions, continuation.weights
-
-    def guided(actions: Tensor, step: int) -> Tensor:
-        t = step / steps
-        with torch.enable_grad():
-            start = actions.detach().requires_grad_()
-            flow = velocity(start, step).float()
-            end = start + (1 - t) * flow  # (B, H, A)
-        (pull,) = torch.autograd.grad(end, start, weights * (known - end.detach()))
-        return flow.detach() + guidance_weight(t, steps) * pull
-
-    def on_path(actions: Tensor, step: int) -> Tensor:
-        t = step / steps
-        return torch.lerp(actions, (1 - t) * noise + t * known, weights)  # exactly the path where the weight is 1
-
-    if continuation.method == "rtc":
-        return integrate(guided, noise, steps)
-    actions = integrate(lambda actions, step: velocity(actions, step).float(), noise, steps, before=on_path)
-    return torch.lerp(actions, known, weights)
+    """Integrate in fp32: noise (B, H, A) -> normalised actions (B, H, A)."""
+    actions = noise = noise.float()
+    for step in range(steps):
+        t = (step + 1) / steps
+        moved = euler_step(actions, velocity(actions, step).float(), 1.0 / steps)
+        actions = torch.lerp(moved, (1 - t) * noise + t * continuation.actions, continuation.weights)  # exactly the path where the weight is 1
+    return actions

@@ -47,8 +47,7 @@ class Runtime(Protocol):
 class ExportedEngine(Engine):
     """Over a `Runtime`. The torch weights are never read."""
 
-    continues = frozenset({"prefix"})  # "rtc" needs the network's gradient, which no exported graph gives
-
+    continues = True
     name: str
 
     def __init__(self, runtime: Runtime, directory: Path, manifest: Manifest, remedy: str) -> None:

@@ -22,8 +22,8 @@ from torch import nn
 
 from gr00t_fast.base.console import progress_bar
 from gr00t_fast.base.errors import CheckpointError, ConfigError, require
-from gr00t_fast.base.files import whole_directory
-from gr00t_fast.base.measurement import versions
+from gr00t_fast.base.files import check_free, whole_directory
+from gr00t_fast.base.measurement import command_line, versions
 from gr00t_fast.checkpoint import load_model
 from gr00t_fast.engine import PRECISIONS
 from gr00t_fast.engine.eager import MAX_BATCH
@@ -31,12 +31,29 @@ from gr00t_fast.engine.exported import EMBEDDING, MODULATION, TABLES_NAME, TAU
 from gr00t_fast.engine.manifest import TEXT_TOKENS, TOKENS, Digests, Manifest, Target, describe_files
 from gr00t_fast.export import OnnxOptions, flags_given
 from gr00t_fast.export.graphs import TABLE_PARAMETERS, VARYING, Layout, example_inputs, graph_tables, graphs_of, needs_spans
+from gr00t_fast.export.verify import transforms_only
 from gr00t_fast.model import Gr00t, ModelInputs
 from gr00t_fast.model.config import ModelConfig
 
 KIND = "onnx"
 USUAL_STEPS = (1, 2, 4, 8)
 _TEXT_BUCKETS = (64, 128, 256, 512, 1024)  # prompt lengths beyond the image tokens that are worth a profile of their own
+
+
+def export_checkpoint(options: OnnxOptions) -> Manifest:
+    """Check everything small, then export. Raises Gr00tFastError."""
+    for package in ("onnx", "onnxscript"):
+        require(package, "export")
+    check_free(options.out, options.overwrite)
+    _, target = options.opened()
+    policy = transforms_only(options.model_path, **options.checkpoint_options())
+    if (size := options.camera_px()) is not None:
+        policy.expect_cameras(dict.fromkeys(policy.metadata.resolutions, size))
+    example = policy.preprocess(policy.example_observation(options.lang_instruction))
+    if size is not None and example.camera_size is None:
+        raise ConfigError(f"--camera_size={options.camera_size} is for GR00T N1.6 and N1.7; N1.5 resizes frames of any size to one. Leave it out.")
+    usual = example.to(torch.device("cpu"), torch.float32)
+    return export_onnx(target, options, usual, command_line(), example.camera_size)
 
 
 def export_onnx(target: Target, options: OnnxOptions, usual: ModelInputs, command: str, camera_size: tuple[int, int] | None = None) -> Manifest:

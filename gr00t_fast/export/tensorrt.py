@@ -19,18 +19,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gr00t_fast.base.console import progress_bar
 from gr00t_fast.base.errors import ConfigError, EngineError, install_command
-from gr00t_fast.base.files import whole_directory
-from gr00t_fast.base.measurement import peak_rss_bytes
+from gr00t_fast.base.files import check_free, whole_directory
+from gr00t_fast.base.measurement import command_line, peak_rss_bytes
 from gr00t_fast.engine import tensorrt_library as library
 from gr00t_fast.engine.tensorrt_library import ANY_GPU, RTX, STANDARD, gpu_capability, version_tuple
-from gr00t_fast.export import BuildOptions, flags_given
+from gr00t_fast.export import DEFAULT_PRECISION, BuildOptions, OnnxOptions, flags_given
 
 if TYPE_CHECKING:
     from gr00t_fast.engine.manifest import Manifest
@@ -39,6 +39,28 @@ KIND = "tensorrt"  # of the manifest, whichever of the two libraries
 T = TypeVar("T")
 Range = tuple[int, int, int]  # least, usual and most of a dimension
 Profiles = Sequence[Mapping[str, Range]]  # for each the range of each named dimension of the graph
+
+
+def build_checkpoint(options: BuildOptions) -> Manifest:
+    """Check everything small, export the graphs where none are named, build. Raises Gr00tFastError."""
+    from gr00t_fast.engine.manifest import check_manifest, remedy_for
+    from gr00t_fast.export.onnx import export_checkpoint
+
+    check_free(options.out, options.overwrite)
+    check_feasible(options.builder, options.compute_capability, None if options.onnx else options.precision or DEFAULT_PRECISION)
+    graphs = options.onnx or options.out.with_name(f"{options.out.name}-onnx")
+    if options.onnx is None:
+        run_alone(export_checkpoint, _of_graphs(options, graphs))  # the builder needs the memory that exporting leaves taken
+    _, target = options.opened()
+    source = check_manifest(graphs, "onnx", target, remedy_for(graphs, target, "to_onnx.py", f"--precision={DEFAULT_PRECISION}"))
+    return build_engines(graphs, source, options, command_line())
+
+
+def _of_graphs(options: BuildOptions, out: Path) -> OnnxOptions:
+    """What exports the graphs: options that are not given keep its defaults."""
+    names = {each.name for each in fields(BuildOptions)} & {each.name for each in fields(OnnxOptions)}
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    return OnnxOptions(**{**given, "out": out, "precision": options.precision or DEFAULT_PRECISION})
 
 
 def build_engines(onnx: Path, source: Manifest, options: BuildOptions, command: str) -> Manifest:

@@ -9,6 +9,7 @@ Axis alphabet: n observations, H horizon, A padded action width, J joints.
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,12 +21,14 @@ from torch import Tensor
 
 from gr00t_fast.base.console import progress_bar
 from gr00t_fast.base.errors import EngineError
-from gr00t_fast.base.measurement import StageTimer
+from gr00t_fast.base.measurement import StageTimer, provenance
 from gr00t_fast.checkpoint import load_model
-from gr00t_fast.engine import Continuation, Engine, PolicyInputs
-from gr00t_fast.engine.exported import ExportedEngine
+from gr00t_fast.engine import Continuation, Engine, PolicyInputs, open_engine
+from gr00t_fast.engine.exported import ExportedEngine, ExportTables
 from gr00t_fast.engine.manifest import Target
+from gr00t_fast.export import LEAST_VERIFIED, SYNTHETIC, SampleOptions, VerifyOptions
 from gr00t_fast.export.graphs import plain_outputs
+from gr00t_fast.export.report import verification_table, verification_verdict, written
 from gr00t_fast.inputs.dataset import MIN_FRAMES, draw, open_frames, read
 from gr00t_fast.model import ModelInputs
 from gr00t_fast.policy import Gr00tPolicy, load_policy
@@ -34,6 +37,28 @@ _FP32_STAGE_LIMIT = 1e-5  # relative L2: rounding of another order of operations
 # p99 of |action error| in joint units that a format may cost: a repeated SO-100 pose is no better than half a degree
 ACTION_LIMITS = {"fp32": 0.5, "fp16": 0.5, "bf16": 0.5, "int8": 1.5, "fp8": 1.5}
 Outputs = Mapping[str, Tensor]  # of the plain model for one observation, by the graphs' names, fp32
+
+
+def verify(options: VerifyOptions) -> dict[str, Any]:
+    """Check the data and the export, run the plain model, free it, run the engine; leave verify.json and verify.md, and return
+    what the former says. Raises Gr00tFastError."""
+    checkpoint, target = options.opened()
+    directory = options.engine_path or checkpoint.path / "exports" / options.engine
+    size = open_engine(options.engine, directory, target, options.device, options.precision).camera_size  # refused now rather than in ten minutes
+    steps = options.denoising_steps or checkpoint.config.head.denoising_steps
+    tables = ExportTables(directory, target.command("to_onnx.py"))
+    tables.steps(steps)
+    noise_seed = (options.seed, 1)  # not the noise of the calibration
+    cases, source = collect_cases(target, options, noise_seed, LEAST_VERIFIED, size)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=options.out, prefix=".reference-") as work:
+        record_reference(target, cases, steps, Path(work))
+        engine = open_engine(options.engine, directory, target, options.device, options.precision)
+        judged = compare(engine, tables.embed, cases, steps, Path(work), options.limit)
+    facts = {"program": "verify", "engine": options.engine, "device": str(engine.device), "denoising_steps": steps, "source": source}
+    result = {**facts, **judged, **provenance(), "seed": options.seed}
+    written(options.out, "verify", result, f"{verification_table(result)}\n\n{verification_verdict(result)}")
+    return result
 
 
 # --- observations
@@ -77,26 +102,19 @@ def case_of(policy: Gr00tPolicy, observation: dict[str, Any], noise: np.ndarray)
 
 def collect_cases(
     target: Target,
-    observations: str,
-    *,
-    frames: int,
-    seed: int,
+    options: SampleOptions,
     noise_seed: int | tuple[int, ...],
-    camera_map: Mapping[str, str] | None = None,
-    allow_few: bool = False,
     least: int = MIN_FRAMES,
-    processor_path: str | Path | None = None,
-    prompt_style: str = "plain",
     camera_size: tuple[int, int] | None = None,
 ) -> tuple[list[Case], dict[str, Any]]:
-    """`frames` observations of the source `observations` (as `gr00t_fast.inputs.dataset.open_frames` takes it), each with noise of its own, and a
-    description of them with their digest. `least`, `allow_few`: as for `gr00t_fast.inputs.dataset.draw`. camera_size: of synthetic frames, where the
-    checkpoint does not say. Raises ConfigError for a source that does not fit."""
-    options = {"data_config": target.data_config, "processor_path": processor_path, "prompt_style": prompt_style, "letterbox": target.letterbox}
-    policy = transforms_only(target.checkpoint.path, embodiment_tag=target.embodiment_tag, **options)
+    """Observations, each with noise of its own, and a description of them with their digest. least: as for `gr00t_fast.inputs.dataset.draw`.
+    camera_size: of synthetic frames, where the checkpoint does not say. Raises ConfigError for a source that does not fit."""
+    reading = {"data_config": target.data_config, "processor_path": options.processor_path, "prompt_style": options.prompt_style}
+    policy = transforms_only(target.checkpoint.path, embodiment_tag=target.embodiment_tag, letterbox=target.letterbox, **reading)
     sizes = {camera: size or camera_size for camera, size in policy.metadata.resolutions.items()}
-    opened = open_frames(observations, target.data_config, replace(policy.metadata, resolutions=sizes), camera_map)
-    sample, generator, cases = draw(opened, frames, seed, allow_few, least), np.random.default_rng(noise_seed), []
+    source, metadata = options.observations or SYNTHETIC, replace(policy.metadata, resolutions=sizes)
+    opened = open_frames(source, target.data_config, metadata, options.camera_map)
+    sample, generator, cases = draw(opened, options.frames, options.seed, options.allow_few, least), np.random.default_rng(noise_seed), []
     with progress_bar("observations", len(sample.indices)) as tick:
         for observation in read(opened, sample, policy.metadata):
             noise = generator.standard_normal((1, *policy.chunk_shape)).astype(np.float32)

@@ -110,8 +110,6 @@ def parse_prefix(prefix: ActionPrefix, widths: Mapping[str, int], batched: bool,
 
     batched, batch: as the observation is that the chunk is for.
     """
-    if prefix.method not in ("rtc", "prefix"):
-        raise ObservationError(f"prefix: expected method 'rtc' or 'prefix', got {_SHOWN.repr(prefix.method)}.")
     absent = [key for key in widths if key not in prefix.actions]
     if absent:
         raise ObservationError(f"prefix: {', '.join(absent)} missing. Expected {', '.join(widths)}; got {_names(map(str, prefix.actions))}.")

@@ -150,18 +150,10 @@ def euler_step_in_one(actions: Tensor, velocity: Tensor, step_size: float) -> Te
     return torch.add(actions, velocity, alpha=step_size)
 
 
-def integrate(
-    velocity: Velocity,
-    noise: Tensor,
-    steps: int,
-    update: Callable[[Tensor, Tensor, float], Tensor] = euler_step,
-    before: Callable[[Tensor, int], Tensor] | None = None,
-) -> Tensor:
-    """noise (B, H, A) at t = 0 -> actions (B, H, A) at t = 1. before: changes the actions ahead of each step."""
+def integrate(velocity: Velocity, noise: Tensor, steps: int, update: Callable[[Tensor, Tensor, float], Tensor] = euler_step) -> Tensor:
+    """noise (B, H, A) at t = 0 -> actions (B, H, A) at t = 1."""
     actions = noise
     for step in range(steps):
-        if before is not None:
-            actions = before(actions, step)
         actions = update(actions, velocity(actions, step), 1.0 / steps)
     return actions
 

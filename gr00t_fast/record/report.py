@@ -66,7 +66,7 @@ def build_report(
 ) -> dict[str, Any]:
     """Everything about a finished (or failed) run as JSON-ready values. `settings`, `warnings` and `notes` are passed through."""
     trace, pacer, data = loop.trace, loop.pacer, loop.trace.arrays()
-    errors = trace.tracking_error()
+    errors = tracking_error(data)
     return {
         "schema": SCHEMA,
         "schema_version": SCHEMA_VERSION,
@@ -99,6 +99,18 @@ def build_report(
     }
 
 
+def played_intervals_s(data: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The times between rows of `RunTrace.arrays` that played (P - 1,), without those held in between; NaN across episodes."""
+    played = ~data["underrun"]
+    return np.where(np.diff(data["episode"][played]) == 0, np.diff(data["time_s"][played]), np.nan)
+
+
+def tracking_error(data: Mapping[str, np.ndarray]) -> np.ndarray:
+    """|commanded at a tick - measured one tick later| (T', J), pairs of rows that played within one episode."""
+    comparable = (np.diff(data["episode"]) == 0) & ~data["underrun"][:-1] & ~data["underrun"][1:]
+    return np.abs(data["commanded"][:-1] - data["measured"][1:])[comparable]
+
+
 def without_secrets(argv: Sequence[str]) -> list[str]:
     """A command line for others to read: `--api_token=...` without its value, however it is spelt."""
     shown, hide = [], False
@@ -112,7 +124,8 @@ def without_secrets(argv: Sequence[str]) -> list[str]:
 
 def _run(trace: RunTrace, fps: float) -> dict[str, Any]:
     """`achieved_hz`: from the first target of each episode to its last, so without the inference before the one and the wait after the other."""
-    data, intervals_s = trace.arrays(), trace.intervals_s()
+    data = trace.arrays()
+    intervals_s = played_intervals_s(data)
     waited = np.diff(np.flatnonzero(~data["underrun"])) > 1  # rows were held in between
     return {
         "ended_by": trace.ended_by,
@@ -465,7 +478,7 @@ def pace_figure(trace: RunTrace, fps: float) -> Figure:
     data, chunks = trace.arrays(), [chunk for chunk in trace.chunks if chunk.first_row < len(trace)]
     figure = _figure(3.0)
     axis = figure.subplots()
-    axis.plot(data["time_s"][~data["underrun"]][1:], 1000 * trace.intervals_s(), linewidth=0.8, label="between two targets")
+    axis.plot(data["time_s"][~data["underrun"]][1:], 1000 * played_intervals_s(data), linewidth=0.8, label="between two targets")
     axis.axhline(1000 / fps, color="0.6", linewidth=0.8, label=f"at {fps:g} Hz")
     at_s = [data["time_s"][chunk.first_row] for chunk in chunks]
     axis.plot(at_s, [chunk.inference_ms for chunk in chunks], ".", color="tab:red", label="inference")

@@ -7,13 +7,13 @@ test compares the two.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-from gr00t_fast.base.errors import require
-from gr00t_fast.base.flags import Choice
+from gr00t_fast.base.errors import ConfigError, require
+from gr00t_fast.base.flags import Choice, Flags
 
 
 @dataclass
@@ -54,6 +54,8 @@ class SimCameraConfig(CameraConfig, type="sim"):
 class RobotConfig(Choice):
     """An arm by `type`."""
 
+    former: ClassVar = {"so100": "so100_follower", "so101": "so101_follower"}  # lerobot's before version 0.2
+
     id: str | None = None  # names the calibration file
     calibration_dir: Path | None = None  # where that file is; default: where lerobot keeps it
 
@@ -91,6 +93,42 @@ class SO100SimConfig(RobotConfig, type="so100_sim"):
     block_speed_m_s: float = 0.0  # reach only: the block is carried to and fro on an arc about the arm; slow inference then misses it
     servo_lag_ms: float | None = None  # how far a moving joint trails its target; default: the motors' 90 to 103; a real SO-101: 133 to 200
     disable_torque_on_disconnect: bool = True
+
+
+@dataclass(kw_only=True)
+class ArmOptions(Flags):
+    """The arm, and what is checked before it may move."""
+
+    GROUP = "arm"
+
+    robot: RobotConfig | None = None
+    preflight: Literal["refuse", "warn"] = "refuse"  # warn: go on although the arm and the data contradict each other
+
+    def missing(self) -> Iterator[tuple[str, str]]:
+        if self.robot is None:
+            yield "robot.type", f"choose from {', '.join(sorted(RobotConfig.types))}"
+        elif isinstance(self.robot, SO100FollowerConfig) and not self.robot.port.strip():
+            yield "robot.port", "the arm's serial device, /dev/ttyACM0 (Linux) or /dev/tty.usbmodem... (macOS). `lerobot-find-port` finds it"
+        yield from super().missing()
+
+    def check(self) -> None:
+        super().check()
+        for name, camera in getattr(self.robot, "cameras", {}).items():
+            for size in ("width", "height", "fps"):
+                if (value := getattr(camera, size)) <= 0:
+                    raise ConfigError(f"--robot.cameras.{name}.{size}={value} must be at least 1.")
+        if isinstance(self.robot, SO100FollowerConfig):
+            from gr00t_fast.robots.lerobot_glue import check_numbers
+
+            check_numbers(self.robot)
+
+    def notes(self) -> list[str]:
+        """A policy that looks at pictures of another world moves the arm blindly: right for a virtual bus, wrong for an arm of metal."""
+        drawn = ", ".join(rendered(getattr(self.robot, "cameras", {})))
+        if not drawn or not isinstance(self.robot, SO100FollowerConfig):
+            return super().notes()
+        what = f"camera {drawn} has type sim: it draws the simulated scene with the arm where its servos say it is, and shows nothing real."
+        return [*super().notes(), f"{what} Meant for the virtual servo bus; a real camera is {{type: opencv, ...}}."]
 
 
 def filmed(config: RobotConfig | None) -> dict[str, CameraConfig]:

@@ -395,10 +395,9 @@ class SO100FollowerArm:
     def _send(self, goal: np.ndarray) -> None:
         try:
             self._bus.check_open()
-            blind = self._dark or time.perf_counter() - self._read_s > LONGEST_BLIND_S
-            if blind and self._restored(self._held):
-                self.events["goal_dropped"] += 1  # it was meant for another pose
-                raise ArmAwayError("the servos lost their power for a moment.", READ_PATIENCE_S)
+            if (self._dark or time.perf_counter() - self._read_s > LONGEST_BLIND_S) and not self._may_send():
+                self.events["goal_dropped"] += 1
+                return  # the reading that follows says what is wrong
             self._bus.sync_write("Goal_Position", dict(zip(SO100_JOINTS, self._within_step(goal).tolist(), strict=True)))
             self._dark = False
         except Gr00tFastError:
@@ -410,6 +409,18 @@ class SO100FollowerArm:
         except LINK_LOST as error:
             self.events["goal_dropped"] += 1  # it was meant for the moment before the outage; the next tick sends a newer one
             raise self._lost(error) from error
+
+    def _may_send(self) -> bool:
+        """Whether the servos answer that they hold. A goal would switch one on that does not, and make an arm leap that fell meanwhile."""
+        try:
+            restored = self._restored(self._held)
+        except Gr00tFastError:
+            raise
+        except EXCHANGE_FAILED:
+            return False
+        if restored:
+            raise ArmAwayError("the servos lost their power for a moment.", READ_PATIENCE_S)
+        return True
 
     def _within_step(self, goal: np.ndarray) -> np.ndarray:
         """lerobot's step limit, as its `send_action` applies it. That refuses when a camera is closed; the arm must still be put down then."""

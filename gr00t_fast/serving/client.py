@@ -20,6 +20,7 @@ from gr00t_fast.base.contracts import ActionPrefix, ModalityConfig, NetworkName,
 from gr00t_fast.base.errors import ConfigError, ObservationError, ServerError, ServerUnreachableError, WireError, require
 from gr00t_fast.inputs.observation import flat_actions, flat_observation, is_nested, nested_observation
 from gr00t_fast.serving.wire import (
+    CONTINUED_BY,
     MAX_MESSAGE_BYTES,
     UNAUTHORISED_TEXT,
     UNKNOWN_ENDPOINT_TEXT,
@@ -44,7 +45,7 @@ _CODES_OF_TEXTS = {UNAUTHORISED_TEXT: ServerError.UNAUTHORISED, UNKNOWN_ENDPOINT
 class PolicyClient(Policy):
     """A policy over a socket. One thread at a time, but any may close it; close it, or use it as a context manager."""
 
-    continues = frozenset({"rtc", "prefix"})  # as far as the server does: another one refuses
+    continues = True  # as far as the server does: another one refuses
 
     def __init__(
         self,
@@ -104,7 +105,7 @@ class PolicyClient(Policy):
             if deadline_s is not None:
                 options["deadline_s"] = max(float(deadline_s), _LEAST_DEADLINE_S)
             if prefix is not None:
-                options["prefix"] = {"actions": dict(prefix.actions), "delay": int(prefix.inference_delay), "method": prefix.method}
+                options["prefix"] = {"actions": dict(prefix.actions), "delay": int(prefix.inference_delay), "method": CONTINUED_BY}
             reply = self._call("get_action_with_options", {"observation": observation, **options}, left_s, self._resend)
             self._check_fingerprint(reply)
             return _actions(reply)

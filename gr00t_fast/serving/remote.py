@@ -110,7 +110,7 @@ class RemotePolicy(Policy):
         self._moving = False
         self._answer_of(self._client.reset)
 
-    def warm_up(self, instruction: str, prefix_method: str | None = None) -> Mapping[str, float]:
+    def warm_up(self, instruction: str, continuing: bool = False) -> Mapping[str, float]:
         """Infer on a made-up observation before the arm is touched: shows a wrong instruction, option or answer, and sets up a cold server.
 
         Raises what `PolicyClient.get_action` raises, ServerError for NaN, and ConfigError when the server answers fewer actions than are to be
@@ -121,8 +121,8 @@ class RemotePolicy(Policy):
         observation = self._example_observation(instruction or _WARM_UP_INSTRUCTION)
         for _ in range(_WARM_UP_CALLS):
             actions = self._checked(self._infer(observation))
-        if prefix_method is not None:
-            self._continue(observation, ActionPrefix(actions, 1, prefix_method))
+        if continuing:
+            self._continue(observation, ActionPrefix(actions, 1))
         return {}  # a cold server is no measure of the calls to come
 
     def summary(self) -> dict[str, Any]:
@@ -240,7 +240,7 @@ class RemotePolicy(Policy):
             if error.code != ServerError.UNKNOWN_ENDPOINT:
                 raise
             raise ConfigError(
-                f"the policy server at {self.address} cannot continue a chunk, as --smoothing={prefix.method} asks (NVIDIA's cannot). "
+                f"the policy server at {self.address} cannot continue a chunk, as --smoothing=prefix asks (NVIDIA's cannot). "
                 "Use --smoothing=none, or serve the checkpoint with gr00t-fast serve."
             ) from error
 

@@ -32,6 +32,7 @@ from gr00t_fast.serving.service import (
     string_keyed,
 )
 from gr00t_fast.serving.wire import (
+    CONTINUED_BY,
     MAX_MESSAGE_BYTES,
     UNKNOWN_ENDPOINT_TEXT,
     decode_with_form,
@@ -245,8 +246,10 @@ def _options(request: dict[str, Any]) -> dict[str, Any]:
     if request.get("prefix") is not None:
         prefix = string_keyed(request["prefix"], "prefix")
         delay, method = prefix.get("delay"), prefix.get("method")
-        if type(delay) is not int or not isinstance(method, str) or method not in ("rtc", "prefix"):
+        if type(delay) is not int or not isinstance(method, str) or method != CONTINUED_BY:
             got = f"{str(delay)[:80]} and {str(method)[:80]}"
-            raise WireError(f"prefix: expected a whole number as delay and rtc or prefix as method, got {got}.")
-        options["prefix"] = ActionPrefix(string_keyed(prefix.get("actions"), "prefix.actions"), delay, method)
+            raise WireError(
+                f"prefix: expected a whole number as delay and {CONTINUED_BY} as method, got {got}. A client of 0.1.0: --smoothing={CONTINUED_BY}."
+            )
+        options["prefix"] = ActionPrefix(string_keyed(prefix.get("actions"), "prefix.actions"), delay)
     return options

@@ -80,9 +80,8 @@ class Request:
         """Equal for requests that one inference can compute. A request of a batch is computed alone."""
         if batch_of(self.observation) > 1:
             return id(self)
-        prefix = self.options.get("prefix")
         pictures = sorted((key, value.shape) for key, value in self.observation.items() if isinstance(value, np.ndarray) and value.ndim > 2)
-        return tuple(pictures), None if prefix is None else prefix.method
+        return tuple(pictures), self.options.get("prefix") is not None
 
 
 def batch_of(observation: Mapping[str, Any]) -> int:

@@ -40,6 +40,7 @@ from gr00t_fast.base.errors import WireError, require
 from gr00t_fast.base.files import parse_json
 
 MAX_MESSAGE_BYTES = 48 * 2**20  # a batch of eight with two 1280x720 cameras takes 44 MB
+CONTINUED_BY = "prefix"  # the `method` of a prefix; 0.1.0 had "rtc", too
 UNAUTHORISED_TEXT, UNKNOWN_ENDPOINT_TEXT = "Unauthorized: Invalid API token", "Unknown endpoint"  # as NVIDIA's server words them
 # A valid message has some ten containers. msgpack reserves 8 bytes per element that a list *claims*, for each of up to 1024 open lists.
 _MAX_CONTAINERS = 512

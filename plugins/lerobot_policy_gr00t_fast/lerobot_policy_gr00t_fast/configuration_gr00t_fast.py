@@ -29,7 +29,6 @@ class Gr00tFastConfig(PreTrainedConfig):
     revision: str | None = None
     letterbox: str = "auto"  # of N1.7: always or never, where its files cannot tell whether it was trained on padded pictures
     camera_map: dict[str, str] = field(default_factory=dict)  # {robot camera: policy camera}
-    smoothing: str = "rtc"  # rtc or prefix: how a chunk continues the one before with --inference.type=rtc
 
     def validate_features(self) -> None:
         """Nothing to do: the policy itself compares cameras and joints with what the checkpoint was trained on."""

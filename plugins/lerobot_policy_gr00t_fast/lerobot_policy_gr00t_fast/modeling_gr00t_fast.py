@@ -23,7 +23,6 @@ from gr00t_fast.control.binding import RobotBinding, resolve_camera_map
 from lerobot_policy_gr00t_fast.configuration_gr00t_fast import Gr00tFastConfig
 
 _IMAGES, _STATE = "observation.images.", "observation.state"
-_SMOOTHING = ("rtc", "prefix")
 
 
 class Gr00tFastPolicy(PreTrainedPolicy):
@@ -38,8 +37,6 @@ class Gr00tFastPolicy(PreTrainedPolicy):
         super().__init__(config)
         if not config.model_path:
             raise ConfigError("--policy.model_path is required: a GR00T checkpoint, as a directory or a hub id.")
-        if config.smoothing not in _SMOOTHING:
-            raise ConfigError(f"--policy.smoothing must be one of {', '.join(_SMOOTHING)}, got '{config.smoothing}'.")
         _check_joints(dataset_meta)
         self.policy = load_policy(
             config.model_path,
@@ -89,11 +86,11 @@ class Gr00tFastPolicy(PreTrainedPolicy):
     def supports_rtc(self) -> bool:
         """Whether a chunk can continue the one before (lerobot asks before --inference.type=rtc). Not of a policy that reads earlier observations:
         lerobot shows those between two chunks to `select_action` only."""
-        return self.config.smoothing in self.policy.continues and not self._reads_earlier
+        return self.policy.continues and not self._reads_earlier
 
     def init_rtc_processor(self) -> None:
         """lerobot calls this where chunks will be continued: pay the first-call costs of that, too."""
-        self.policy.warm_up(prefix_method=self.config.smoothing)
+        self.policy.warm_up(continuing=True)
 
     def select_action(self, batch: dict[str, Any], noise: Tensor | None = None, **_: Any) -> Tensor:
         """(1, J) the next action of the chunk; infers when it is used up. A policy that reads earlier observations gets those of earlier calls, one
@@ -123,7 +120,7 @@ class Gr00tFastPolicy(PreTrainedPolicy):
         built = self._binding.policy_observation(observation, _instruction(batch))
         prefix = self._prefix(prev_chunk_left_over, inference_delay or 0, execution_horizon)
         options = {} if prefix is None else {"prefix": prefix}
-        # lerobot may call within inference_mode, where the gradient that rtc needs does not exist, and within autocast, which is for its own policies
+        # lerobot may call within inference_mode, in which compiled stages would be compiled once more, and within autocast, for its own policies
         with torch.inference_mode(False), torch.autocast(self.policy.device.type, enabled=False):
             actions = self.policy.get_action(built, noise=noise, **options)
         targets = self._binding.action_targets(actions)  # (H, J)
@@ -171,7 +168,7 @@ class Gr00tFastPolicy(PreTrainedPolicy):
         rows = rows[: planned[-1] + 1] if len(planned) else rows[:0]
         if not len(rows):
             return None
-        return ActionPrefix(self._binding.action_parts(rows), min(max(inference_delay, 0), len(rows)), self.config.smoothing)
+        return ActionPrefix(self._binding.action_parts(rows), min(max(inference_delay, 0), len(rows)))
 
 
 def _check_joints(dataset_meta: Any) -> None:

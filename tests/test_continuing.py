@@ -23,7 +23,6 @@ LENGTH_ROWS = 6.0  # over which actions stay similar: a fifth of a second at 30 
 ROUGHNESS = 0.01  # deviation of the white part; the smooth part has 0.5 (joints then use about half of their range)
 DEVIATION = 0.5
 HORIZON = 16
-METHODS = ("rtc", "prefix")
 
 
 class SmoothFlow:
@@ -57,17 +56,17 @@ def largest(values: torch.Tensor) -> float:
     return float(values.abs().max())
 
 
-def goal_of(method: str, rows: torch.Tensor, delay: int) -> Continuation:
+def goal_of(rows: torch.Tensor, delay: int) -> Continuation:
     """rows (L, A) are known."""
     actions = torch.zeros(1, HORIZON, rows.shape[1])
     actions[0, : len(rows)] = rows
-    return Continuation(actions, prefix_weights(HORIZON, delay, len(rows))[:, None].expand(-1, rows.shape[1]), method)
+    return Continuation(actions, prefix_weights(HORIZON, delay, len(rows))[:, None].expand(-1, rows.shape[1]))
 
 
 class TestFlow:
     """On the flow whose conditional distribution is known."""
 
-    def velocity_changes(self, method: str | None, delay: int, boundaries: int = 60) -> np.ndarray:
+    def velocity_changes(self, continuing: bool, delay: int, boundaries: int = 60) -> np.ndarray:
         """Change of the commanded velocity at each boundary, the largest joint, when thinking never stops and each chunk takes `delay` ticks."""
         flow, generator = SmoothFlow(HORIZON, 4), torch.Generator().manual_seed(7)
         elapsed = max(1, delay)  # rows of a chunk that play
@@ -75,7 +74,7 @@ class TestFlow:
         rest = torch.empty(0, 6)
         for _ in range(boundaries + 1):
             noise = torch.randn(1, HORIZON, 6, generator=generator)
-            continuation = goal_of(method or "rtc", rest if method else rest[:0], min(delay, len(rest)) if method else 0)
+            continuation = goal_of(rest if continuing else rest[:0], min(delay, len(rest)) if continuing else 0)
             chunk = denoise_towards(flow, noise, 4, continuation)[0]
             chunk[: min(delay, len(rest))] = rest[: min(delay, len(rest))]  # what plays while the network thinks
             played.append(chunk[:elapsed])
@@ -83,12 +82,10 @@ class TestFlow:
         second = torch.cat(played).diff(n=2, dim=0).abs().amax(1).numpy()  # entry i is about tick i + 2
         return second[2 * elapsed - 2 :: elapsed]  # the first chunk joins nothing; the second one's own rows begin at tick 2 * elapsed
 
-    @pytest.mark.parametrize("method", METHODS)
     @pytest.mark.parametrize("delay", [0, 3, 6, 7, 8])
-    def test_the_change_of_velocity_at_a_boundary_is_cut(self, method: str, delay: int) -> None:
-        """At delays of 7 and 8 of sixteen rows, about half of which a new chunk may still change, the factor sinks to
-        2.7, and to 2.5 (rtc) or 1.6 (prefix)."""
-        plain, smooth = self.velocity_changes(None, delay), self.velocity_changes(method, delay)
+    def test_the_change_of_velocity_at_a_boundary_is_cut(self, delay: int) -> None:
+        """At delays of 7 and 8 of sixteen rows, about half of which a new chunk may still change, the factor sinks to 2.7 and 1.6."""
+        plain, smooth = self.velocity_changes(False, delay), self.velocity_changes(True, delay)
         assert len(plain) >= 50
         cut = plain.max() / smooth.max()
         assert cut > (3 if delay <= 6 else 2 if delay == 7 else 1.4)
@@ -134,31 +131,28 @@ def test_off_is_bit_identical(checkpoint: Path, precision: str) -> None:
     noise = noise_of(fresh)
     expected = joined(fresh.get_action(observation(1), noise=noise))
     empty = {"action.single_arm": np.empty((0, 5), np.float32), "action.gripper": np.empty((0, 1), np.float32)}
-    for method in METHODS:
-        used.get_action(observation(2), noise=noise, prefix=ActionPrefix(later(fresh.get_action(observation(2)), 4), 4, method))
-        assert np.array_equal(joined(used.get_action(observation(1), noise=noise)), expected)
-        assert np.array_equal(joined(used.get_action(observation(1), noise=noise, prefix=ActionPrefix(empty, 0, method))), expected)
+    used.get_action(observation(2), noise=noise, prefix=ActionPrefix(later(fresh.get_action(observation(2)), 4), 4))
+    assert np.array_equal(joined(used.get_action(observation(1), noise=noise)), expected)
+    assert np.array_equal(joined(used.get_action(observation(1), noise=noise, prefix=ActionPrefix(empty, 0))), expected)
 
 
 @pytest.mark.parametrize(("precision", "action_horizon", "delay"), [("fp32", None, 0), ("fp32", None, 8), ("bf16", None, 3), ("fp32", 10, 3)])
-@pytest.mark.parametrize("method", METHODS)
-def test_committed_actions_come_out_exactly(checkpoint: Path, precision: str, action_horizon: int | None, delay: int, method: str) -> None:
+def test_committed_actions_come_out_exactly(checkpoint: Path, precision: str, action_horizon: int | None, delay: int) -> None:
     policy = load_policy(checkpoint, device="cpu", precision=precision, action_horizon=action_horizon, seed=0)
     old = later(policy.get_action(observation(1)), delay if action_horizon is None else 2)
-    new = policy.get_action(observation(2), noise=noise_of(policy), prefix=ActionPrefix(old, delay, method))
+    new = policy.get_action(observation(2), noise=noise_of(policy), prefix=ActionPrefix(old, delay))
     assert np.array_equal(joined(new)[:delay], joined(old)[:delay])
     assert joined(new).shape == (action_horizon or HORIZON, 6)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_batched_as_single(policy, method: str) -> None:
+def test_batched_as_single(policy) -> None:
     old = [policy.get_action(observation(seed)) for seed in (1, 2)]
-    prefix = ActionPrefix({key: np.stack([later(a, 4)[key] for a in old]) for key in old[0]}, 3, method)
+    prefix = ActionPrefix({key: np.stack([later(a, 4)[key] for a in old]) for key in old[0]}, 3)
     single, noise = observation(5), noise_of(policy)
     both = {key: np.stack([value, value]) if isinstance(value, np.ndarray) else value * 2 for key, value in single.items()}
     got = joined(policy.get_action(both, noise=np.concatenate([noise, noise]), prefix=prefix))
     for index, actions in enumerate(old):
-        alone = joined(policy.get_action(single, noise=noise, prefix=ActionPrefix(later(actions, 4), 3, method)))
+        alone = joined(policy.get_action(single, noise=noise, prefix=ActionPrefix(later(actions, 4), 3)))
         assert np.allclose(got[index], alone, atol=2e-2)  # degrees; products of other shapes round differently
 
 
@@ -172,7 +166,6 @@ GOOD = {"action.single_arm": np.zeros((8, 5), np.float32), "action.gripper": np.
         (ActionPrefix({**GOOD, "action.gripper": np.zeros((7, 1), np.float32)}, 1), "equal length"),
         (ActionPrefix({**GOOD, "action.gripper": np.full((8, 1), np.nan, np.float32)}, 1), "finite"),
         (ActionPrefix(GOOD, 9), "delay"),
-        (ActionPrefix(GOOD, 1, "inpaint"), "inpaint"),
     ],
 )
 def test_a_prefix_that_makes_no_sense(policy, prefix: ActionPrefix, says: str) -> None:
@@ -181,7 +174,7 @@ def test_a_prefix_that_makes_no_sense(policy, prefix: ActionPrefix, says: str) -
 
 
 def test_an_engine_that_cannot(policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(policy.engine), "continues", frozenset())
+    monkeypatch.setattr(type(policy.engine), "continues", False)
     with pytest.raises(ConfigError, match="--engine=eager"):
         policy.get_action(observation(1), prefix=ActionPrefix(GOOD, 1))
     policy.get_action(observation(1), prefix=ActionPrefix({key: rows[:0] for key, rows in GOOD.items()}, 0))  # no rows: the same as no prefix
