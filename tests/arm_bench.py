@@ -15,8 +15,10 @@ from control_fakes import FakeClock, FakePolicy, binding
 from gr00t_fast.base.clock import MonotonicClock
 from gr00t_fast.base.contracts import SO100_JOINTS, LandingReport, Observation
 from gr00t_fast.base.errors import ArmAwayError, BusFault, MissedReadingError
+from gr00t_fast.base.signals import StopSignals
 from gr00t_fast.control.loop import PATIENCE_S, ControlLoop, LoopOptions
 from gr00t_fast.control.planner import Planner, PlannerOptions
+from gr00t_fast.record.session import Session
 from gr00t_fast.robots import SO100FollowerConfig
 from gr00t_fast.robots.calibration import save_calibration, to_units
 from gr00t_fast.robots.feetech import Register
@@ -117,13 +119,15 @@ def raising(error: BaseException) -> Callable[..., NoReturn]:
     return call
 
 
-def real_time_loop(arm: SO100FollowerArm, controller: str, options: dict[str, Any], *rest: Any, **named: Any) -> tuple[ControlLoop, FakePolicy]:
-    """A loop that drives the arm in real time, and its policy. options: LoopOptions; the rest: what a ControlLoop takes from `stop` on."""
+def real_time_loop(
+    arm: SO100FollowerArm, controller: str, options: dict[str, Any], stop: StopSignals, *rest: Any, **named: Any
+) -> tuple[ControlLoop, FakePolicy]:
+    """A loop that drives the arm in real time, and its policy. options: LoopOptions; the rest: what a ControlLoop takes behind the session."""
     policy, clock = FakePolicy(FakeClock(), cameras=()), MonotonicClock()
     horizon = 8 if controller == "sync" else None
     source = Planner(policy, binding({}), "go", clock, 30.0, PlannerOptions(controller, max_hold_s=0.5, action_horizon=horizon))
     source.warm_up()
-    return ControlLoop(arm, source, LoopOptions(30.0, **options), clock, *rest, **named), policy
+    return ControlLoop(arm, source, LoopOptions(30.0, **options), clock, stop, Session(stop), *rest, **named), policy
 
 
 def true_joints(bus: VirtualBus) -> np.ndarray:

@@ -24,6 +24,7 @@ from gr00t_fast.base.worker import ThreadWorker, Worker
 from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.planner import Planner, PlannerOptions
+from gr00t_fast.record.session import Session
 
 LIMITS = np.array([[-110.0, 110.0]] * 5 + [[0.0, 100.0]])
 TICK_S = 1 / 30
@@ -203,7 +204,8 @@ class Bench:
         worker = worker or (VirtualWorker(self.clock) if clock is None else ThreadWorker())
         clock = clock or self.clock
         self.planner = Planner(self.policy, binding(), "pick: the cube", clock, fps, control, worker, recoverable, echo=self.said.append)
-        self.loop = ControlLoop(self.robot, self.planner, LoopOptions(fps, **{"timeout_s": 1.0, **options}), clock, self.stop, echo=self.said.append)
+        asked = LoopOptions(fps, **{"timeout_s": 1.0, **options})
+        self.loop = ControlLoop(self.robot, self.planner, asked, clock, self.stop, Session(self.stop), echo=self.said.append)
 
     def sent(self) -> np.ndarray:
         return np.array([targets for _, targets in self.robot.sent])

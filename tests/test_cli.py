@@ -49,6 +49,7 @@ OTHERS = {  # flags of other programs -> whose they are, and what is said to use
     "run --dataset.push_to_hub=true": ("lerobot's", "hf upload"),
     "run --policy.path=x": ("lerobot's", "--model_path"),
     "run --policy.n_action_steps=8": ("lerobot's", "--action_horizon"),
+    "run --robot.position_p_coefficient=24": ("lerobot's", "16, 0 and 32"),
     "run --policy_host=robot.local": ("NVIDIA's", "--server"),
     "eval --dataset_path=x": ("NVIDIA's", "--dataset="),
     "eval --trajs=3": ("NVIDIA's", "--episodes"),
@@ -85,6 +86,7 @@ BAD = {
     "unknown flag": ([*SIM, "--lang_instructoin=x"], "Did you mean '--lang_instruction'"),
     "NVIDIA's host": ([*SIM, "--policy_host=robot.local"], "--server=tcp://HOST:PORT"),
     "unquoted instruction": (["--lang_instruction=pick", "the", "cube"], "needs quotes"),
+    "setting of programs alone": ([*SIM, "--robot.servo_lag_ms=150"], "unknown flag '--robot.servo_lag_ms'"),
     "flag of another robot": ([*SIM, "--robot.port=/dev/x"], "does not apply to --robot.type=so100_sim"),
     "lerobot's old name of the arm": (["--robot.type=so100", *SIM[1:]], "It is called so100_follower now"),
     "no instruction": (SIM[:2], "--lang_instruction is missing"),
@@ -179,6 +181,8 @@ def test_a_run_leaves_everything_behind(world: World, tmp_path: Path, capsys: py
     assert world.run(*words) == 0
     assert sorted(path.name for path in out.iterdir()) == ["joints.png", "report.html", "report.json", "report.txt", "run.csv", "run.npz"]
     assert (tmp_path / "run.mp4").stat().st_size > 0
+    columns = (out / "run.csv").read_text().partition("\n")[0].split(",")
+    assert (columns[:2], columns[-1], len(columns)) == (["time_s", "episode"], "underrun", 21)
     report = json.loads((out / "report.json").read_text())
     assert report["run"]["ended_by"] == "done"
     assert (report["settings"]["robot"]["type"], report["settings"]["action_horizon"]) == ("so100_sim", 4)

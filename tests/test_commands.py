@@ -121,6 +121,8 @@ def test_a_report_can_be_played_again(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     report.write_text(json.dumps({"schema": "gr00t_fast.run_report", "settings": settings_of(config)}))
     assert parse([f"--config_path={report}"]) == config
+    config.robot.servo_lag_ms = 150.0  # as benchmarks/evaluate.py does; no flag says it
+    assert settings_of(config)["robot"].keys() == {"type", "id", "calibration_dir", "task", "cameras", "use_degrees", "disable_torque_on_disconnect"}
 
 
 def test_a_wheel_installed_outside_the_checkout_drives_the_simulated_arm(tmp_path: Path) -> None:

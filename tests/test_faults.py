@@ -77,7 +77,7 @@ TABLE = {
 def test_fault(name: str, tmp_path: Path) -> None:
     row = TABLE[name]
     with VirtualBus(seed=3) as bus:
-        arm = make_arm(bus, tmp_path, PatientArm, reconnect_s=0.6, connect_attempts=1 if row.says else 2)
+        arm = make_arm(bus, tmp_path, PatientArm, reconnect_s=0.6)
         if row.when == "connect":
             bus.inject(row.fault)
         with pytest.raises(RobotError, match=row.says) if row.says else contextlib.nullcontext():

@@ -32,11 +32,11 @@ from gr00t_fast.base.files import is_running
 from gr00t_fast.base.signals import StopSignals
 from gr00t_fast.checkpoint import read_policy_metadata
 from gr00t_fast.cli import replay
-from gr00t_fast.control.session import Session
 from gr00t_fast.inputs.data_config import DATA_CONFIGS
 from gr00t_fast.inputs.dataset import draw, open_frames, read
 from gr00t_fast.record import recorder as recording
 from gr00t_fast.record.recorder import ROLLOUTS, SUCCESS, DatasetRecorder, dataset_directory, modality_of
+from gr00t_fast.record.session import Session
 
 pytest.importorskip("lerobot")
 ROOT = Path(__file__).resolve().parent.parent

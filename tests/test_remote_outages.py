@@ -30,6 +30,7 @@ from gr00t_fast.cli import run as cli
 from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.record.report import as_text, build_report
+from gr00t_fast.record.session import Session
 from gr00t_fast.serving import PolicyClient, PolicyServer
 from gr00t_fast.serving.remote import RemotePolicy
 
@@ -59,7 +60,9 @@ class Run:
         binding = RobotBinding(served, known.state_widths, known.action_widths, joints, {"front": "webcam"})
         planner = cli.build_planner(config, self.policy, binding, clock, FPS)
         self.stop = StopSignals()
-        self.loop = ControlLoop(self.robot, planner, LoopOptions(FPS, episodes, timeout_s), clock, self.stop, echo=lambda line: None)
+        self.loop = ControlLoop(
+            self.robot, planner, LoopOptions(FPS, episodes, timeout_s), clock, self.stop, Session(self.stop), echo=lambda line: None
+        )
 
     def play(self, *acts: tuple[float, Callable[[], Any]]) -> Run:
         """The run, with `error` for what ended it; each of `acts` is done so many seconds after the first target went out."""

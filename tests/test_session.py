@@ -18,7 +18,7 @@ from gr00t_fast.base.errors import ObservationError, RobotError
 from gr00t_fast.base.keyboard import BACKSPACE, ENTER, ESCAPE, LEFT, RIGHT, Keys
 from gr00t_fast.base.worker import ThreadWorker
 from gr00t_fast.cli import run
-from gr00t_fast.control.session import SAVE_LIMIT_S, Session
+from gr00t_fast.record.session import SAVE_LIMIT_S, Session
 
 TASK = "pick: the cube"  # of the bench
 

@@ -29,7 +29,7 @@ from gr00t_fast.base.errors import CameraError, ConfigError, MissingExtraError, 
 from gr00t_fast.robots import check_ready, lerobot_glue, so100
 from gr00t_fast.robots.calibration import save_calibration
 from gr00t_fast.robots.feetech import Register
-from gr00t_fast.robots.lerobot_glue import GAINS, calibration_file, make_follower
+from gr00t_fast.robots.lerobot_glue import calibration_file, make_follower
 from gr00t_fast.robots.so100 import SO100FollowerArm
 from gr00t_fast.virtual import make_robot
 from gr00t_fast.virtual.bus import Servo, VirtualBus
@@ -60,25 +60,21 @@ def test_our_flags_are_lerobots() -> None:
     from lerobot.cameras.opencv import OpenCVCameraConfig
     from lerobot.robots.so_follower import SO100FollowerConfig
 
-    own, newer = {"connect_attempts", "reconnect_s", "watchdog_s"}, {"num_read_retries", *GAINS}  # newer: not in every version of lerobot
+    own, newer = {"reconnect_s", "watchdog_s"}, {"num_read_retries"}  # newer: not in every version of lerobot
+    constants = {f"position_{gain}_coefficient" for gain in "pid"}  # flags of lerobot 0.6
     open_there = {"port", "width", "height", "fps", "index_or_path"}  # lerobot refuses a robot's camera without them
     for mine, lerobots in ((ours.SO100FollowerConfig, SO100FollowerConfig), (ours.OpenCVCameraConfig, OpenCVCameraConfig)):
-        arm, theirs = defaults(mine), defaults(lerobots)
+        arm, theirs = defaults(mine), {name: value for name, value in defaults(lerobots).items() if name not in constants}
         assert set(arm) - own - newer == set(theirs) - newer
         assert {name: arm[name] for name in set(theirs) - open_there} == {name: theirs[name] for name in set(theirs) - open_there}
     types, their_types = typing.get_type_hints(ours.SO100FollowerConfig), typing.get_type_hints(SO100FollowerConfig)
-    assert all(types[name] == their_types[name] for name in defaults(SO100FollowerConfig) if name != "cameras")
+    assert all(types[name] == their_types[name] for name in defaults(SO100FollowerConfig) if name not in {"cameras", *constants})
 
 
-def test_newer_drivers_set_gains(bus: VirtualBus, tmp_path: Path) -> None:
-    from lerobot.robots.so_follower import SO100FollowerConfig
-
-    if "position_p_coefficient" not in defaults(SO100FollowerConfig):
-        with pytest.raises(ConfigError, match="--robot.position_p_coefficient needs lerobot 0.6"):
-            make_arm(bus, tmp_path, position_p_coefficient=24).connect()
-        return
-    with connected(tmp_path, bus, position_p_coefficient=24):
-        assert {servo.registers[Register.P_GAIN] for servo in bus.servos} == {24}
+def test_servos_get_the_gains_that_the_stall_limits_reckon_with(bus: VirtualBus, tmp_path: Path) -> None:
+    with connected(tmp_path, bus):
+        gains = {tuple(servo.registers[at] for at in (Register.P_GAIN, Register.I_GAIN, Register.D_GAIN)) for servo in bus.servos}
+    assert gains == {(16, 0, 32)}
 
 
 @pytest.mark.parametrize("retries", [0, 4])
@@ -164,7 +160,7 @@ def test_a_start_that_fails_leaves_a_powered_arm_so_unless_not_all_servos_answer
 ) -> None:
     what, cameras, raised, named, torque, reported = STARTS_THAT_FAIL[start]
     power(bus)
-    arm = make_arm(bus, tmp_path, cameras=cameras, connect_attempts=1)
+    arm = make_arm(bus, tmp_path, cameras=cameras)
     if what == "handshake":
         monkeypatch.setattr("lerobot.motors.feetech.FeetechMotorsBus._handshake", raising(KeyboardInterrupt()))
     elif what:

@@ -23,6 +23,7 @@ import lerobot.robots.so_follower  # noqa: F401 - before the fork
 import scservo_sdk  # noqa: F401
 from arm_bench import real_time_loop
 
+from gr00t_fast.base.signals import StopSignals
 from gr00t_fast.control.limits import Poses
 from gr00t_fast.robots import SO100FollowerConfig
 from gr00t_fast.robots.so100 import SO100FollowerArm
@@ -49,7 +50,8 @@ def main() -> None:
 
 def run(port: str, directory: str, controller: str, phase: str, trouble: str, options: dict[str, Any], timeout_s: float | None = None) -> int:
     arm = SO100FollowerArm(SO100FollowerConfig(port=port, id="test", calibration_dir=Path(directory), **options))
-    loop, policy = real_time_loop(arm, controller, {"timeout_s": timeout_s, "poses": Poses(home_speed_deg_s=180.0)}, echo=lambda line: None)
+    loop_options = {"timeout_s": timeout_s, "poses": Poses(home_speed_deg_s=180.0)}
+    loop, policy = real_time_loop(arm, controller, loop_options, stop := StopSignals(), echo=lambda line: None)
     sent = 0
 
     def troubled(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,7 +69,8 @@ def run(port: str, directory: str, controller: str, phase: str, trouble: str, op
 
     for owner, name in ((policy, "get_action"), (arm, "send"), (arm, "reset"), (arm, "land")):
         setattr(owner, name, troubled(name, getattr(owner, name)))
-    loop.run()
+    with stop:
+        loop.run()
     return 0 if loop.trace.landing.safe else 3
 
 

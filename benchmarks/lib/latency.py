@@ -18,6 +18,7 @@ from gr00t_fast.base.errors import ConfigError
 from gr00t_fast.base.signals import StopSignals
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.planner import Planner
+from gr00t_fast.record.session import Session
 
 # One tick because an answer plays from the tick after it came, the others for threads that wake up late.
 BRIDGE_MARGIN_TICKS = 4
@@ -101,7 +102,7 @@ def play_until(over: Callable[[Observation], bool], reason: str, arm: Robot, pla
             if over(observation):
                 stop.request(reason)
 
-    loop = ControlLoop(arm, planner, options, clock, stop, observers=[Goal()], echo=lambda line: None)
+    loop = ControlLoop(arm, planner, options, clock, stop, Session(stop), observers=[Goal()], echo=lambda line: None)
     with stop:
         loop.run()
     if stop.exit_code:

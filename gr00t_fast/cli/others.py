@@ -20,6 +20,8 @@ _IN_PLACE_OF_OTHERS = {
     },
     "lerobot's": {
         "Nothing like it is needed here: leave the flag out.": "play_sounds",
+        "The servos have the gains that lerobot gives them by default: 16, 0 and 32.": "robot.position_p_coefficient robot.position_i_coefficient "
+        "robot.position_d_coefficient",
         "There is no human takeover here, and episodes need no strategy. For takeover install plugins/lerobot_policy_gr00t_fast, and use "
         "lerobot-rollout --policy.type=gr00t_fast.": "strategy.",
         "There is no upload here. Use --record=DIR, then `hf upload user/name DIR --repo-type=dataset`.": "dataset.push_to_hub",

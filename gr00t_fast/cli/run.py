@@ -37,7 +37,6 @@ from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import FPS_RANGE
 from gr00t_fast.control.planner import DEFAULT_MAX_HOLD_S, Planner, PlannerOptions
 from gr00t_fast.control.preflight import Preflight
-from gr00t_fast.control.session import KEYS_HELP, Session
 from gr00t_fast.inputs.data_config import DEFAULT_DATA_CONFIG
 from gr00t_fast.inputs.dataset import read_recordings
 from gr00t_fast.options import PolicyOptions
@@ -45,6 +44,7 @@ from gr00t_fast.record.pictures import write_pictures
 from gr00t_fast.record.progress import Progress, dry_run_table, summary
 from gr00t_fast.record.recorder import DatasetRecorder, dataset_directory, modality_of
 from gr00t_fast.record.report import Outputs
+from gr00t_fast.record.session import KEYS_HELP, Session
 from gr00t_fast.record.views import View, display_target, display_view, video_view
 from gr00t_fast.robots import ArmOptions, SO100FollowerConfig
 from gr00t_fast.robots.lerobot_glue import device_faults
@@ -379,7 +379,7 @@ def control_loop(
         for step in begin:
             step(observation)
 
-    return ControlLoop(robot, planner, options, clock, stop, connected, observers, echo=voice(config), session=session)
+    return ControlLoop(robot, planner, options, clock, stop, session, connected, observers, voice(config))
 
 
 def build_planner(config: RunConfig, policy: Any, binding: RobotBinding, clock: Clock, fps: float) -> Planner:

@@ -25,7 +25,6 @@ from gr00t_fast.control.limits import ARRIVED_DEG, Limits, Move, Pose, Poses, Sa
 from gr00t_fast.control.modes import ENDS, Event, Mode, after
 from gr00t_fast.control.pacer import Pacer
 from gr00t_fast.control.planner import DueTarget, Planner
-from gr00t_fast.control.session import Session
 from gr00t_fast.control.trace import RunTrace, TickRecord
 
 TICK_HZ = 30.0  # at least: a policy of a lower rate has several ticks to an action, so that keys, limits and watchdog keep theirs
@@ -46,6 +45,36 @@ class Observer(Protocol):
 
     def see(self, observation: Observation, tick: TickRecord | None = None, mode: Mode = Mode.HOLD) -> None:
         """`tick` is None where no policy drives the arm, as between episodes."""
+
+
+class Session(Protocol):
+    """The person and the recording beside a run (record/session.py), asked at each tick; nothing here waits.
+
+    over: the episode, or the pause after it, is to end now. again: the episode does not count. pause: the arm is to hold, or to go on. instruction:
+    typed for the episodes to come. The loop takes the last two.
+    """
+
+    over: bool
+    again: bool
+    pause: bool
+    instruction: str | None
+    typing: bool  # whether an instruction is being typed
+    waits: bool  # whether the next episode is to wait although the pause is over
+
+    def poll(self) -> None:
+        """Take note of what was pressed."""
+
+    def begin(self, instruction: str) -> None:
+        """An episode begins."""
+
+    def see(self, observation: Observation, commanded: np.ndarray, underrun: bool) -> None:
+        """A tick of it."""
+
+    def end(self, ended_by: str, solved: bool | None) -> None:
+        """Its last tick has been."""
+
+    def settle(self) -> bool:
+        """The pause is over, or the run. Returns whether the episode is to be played again. May be called again."""
 
 
 @dataclass(frozen=True)
@@ -77,22 +106,16 @@ class ControlLoop:
         planner: Planner,
         options: LoopOptions,
         clock: Clock,
-        stop: StopSignals | None = None,
+        stop: StopSignals,
+        session: Session,
         on_connected: Callable[[Observation], None] = lambda observation: None,
         observers: Sequence[Observer] = (),
         echo: Callable[[str], None] = print,
-        session: Session | None = None,
     ) -> None:
-        """`on_connected` gets the first observation and raises to refuse the run (the arm has not moved then). `session` ends episodes early and
-        records them.
-
-        Without `stop` the loop handles Ctrl-C and SIGTERM itself while it runs.
-        """
+        """`stop` is installed by the caller. `on_connected` gets the first observation and raises to refuse the run (the arm has not moved then)."""
         self.robot, self.planner, self.options, self.clock = robot, planner, options, clock
-        self.stop = stop or StopSignals()
-        self._signals = nullcontext() if stop else self.stop  # the owner of `stop` has installed the handlers
+        self.stop, self.session = stop, session
         self.on_connected, self.observers, self.echo = on_connected, observers, echo
-        self.session = session or Session(self.stop)
         robot.check_stop = self.stop.check
         self._ticks_per_step = max(1, math.ceil(TICK_HZ / options.fps))  # of the policy
         self.pacer = Pacer(self._ticks_per_step * options.fps, clock)
@@ -112,14 +135,14 @@ class ControlLoop:
         self._held_steps = 0  # of the policy, since the last row played
         self._seen_s, self._missed_s, self._misses = clock.now_s(), math.inf, 0  # the last reading, the first since that failed, and how many
         self._suspended_s = clock.suspended_s()
-        self._step = self._last_step = 0
+        self._last_step = 0
         self._error: BaseException | None = None  # the one that ended the run
         self._troubles = 0
 
     def run(self) -> RunTrace:
         """Connect, play all episodes, put the arm down, land. Returns normally when done or stopped; raises, after landing, what arm or policy
         raised."""
-        with self._signals, _few_garbage_collections():
+        with _few_garbage_collections():
             try:
                 self._guarded(self._connect)
                 while self.mode not in ENDS:
@@ -345,6 +368,11 @@ class ControlLoop:
         self._show(observation, target, sent_s)
 
     @property
+    def _step(self) -> int:
+        """The policy's tick."""
+        return self.pacer.tick // self._ticks_per_step
+
+    @property
     def _is_step(self) -> bool:
         return self.pacer.tick % self._ticks_per_step == 0
 
@@ -404,7 +432,9 @@ class ControlLoop:
 
     def _next_row(self) -> None:
         """Take the chunk that has arrived, if one has, and the row that is due."""
-        self._step = self.pacer.tick // self._ticks_per_step
+        steps, self._last_step = self._step - self._last_step, self._step
+        if steps > _SKIPPED_S * self.options.fps + 1:  # rows of missed ticks are over: not at once to the present one
+            self.limits.slow_start()
         chunk = self.planner.arrived(self._step, holding=self.mode is Mode.HOLD)
         self._due = self.planner.chunk_due(self._step)
         if chunk is not None:
@@ -437,12 +467,7 @@ class ControlLoop:
         """Where the mode wants the arm (J,); None: at its last goal."""
         if self._move is not None and self.mode in (Mode.MOVE, Mode.BETWEEN, Mode.PUT_DOWN):
             return self._move.next_target(self.limits.last)
-        if self.mode is not Mode.PLAY or not self._is_step:
-            return None
-        steps, self._last_step = self._step - self._last_step, self._step
-        if steps > _SKIPPED_S * self.options.fps + 1:  # rows of missed ticks are over: not at once to the present one
-            self.limits.slow_start()
-        return self._due.target
+        return self._due.target if self.mode is Mode.PLAY and self._is_step else None
 
     def _observe(self) -> Observation:
         """One look. Raises MissedReadingError and ArmAwayError where it fails in a way that may pass."""
@@ -462,7 +487,6 @@ class ControlLoop:
         return observation
 
     def _plan(self, observation: Observation) -> None:
-        self._step = self.pacer.tick // self._ticks_per_step
         self.planner.remember(observation)
         if self.planner.want_inference(self._step):
             self.planner.ask(observation, self._step)

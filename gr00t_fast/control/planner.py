@@ -45,8 +45,8 @@ _TELL_AFTER_S = 2.0  # longer than one or two late chunks last
 class PlannerOptions:
     """Whether and how inference and motion overlap; fields are flags.
 
-    controller: sync: the arm waits for each inference; threaded: it moves meanwhile, and whenever no inference runs the next one begins; auto: it
-    moves meanwhile where a chunk bridges an inference, and the next one begins in time for the last row.
+    controller: sync: the arm waits for each inference; threaded: it moves meanwhile, and whenever no inference runs the next one begins; auto:
+    threaded where a chunk bridges an inference, else sync.
     smoothing: how a chunk joins the one before: the policy continues it (see Policy.continues).
     max_hold_s: how long the arm may hold its pose for want of actions before the run ends, or USUAL_TIMES an ordinary inference where that is longer;
     None: no limit (the policy has one of its own).
@@ -346,9 +346,10 @@ class Planner:
         if self.options.controller == "threaded":
             return math.inf
         usual = median_low([*self._recent_ticks][-_USUAL_WINDOW:] or [1])
-        # As many rows are over on arrival as play until the next one. How many there are may not be known before the first.
-        bridged = 2 * usual <= (self._horizon or math.inf) or self.options.continuing
-        return self._expected_ticks + 1.0 if bridged else 0.0
+        # As many rows are over on arrival as play until the next one. How many there are may not be known before the first. A chunk that is to be
+        # continued must be there still.
+        bridged = (usual if self.options.continuing else 2 * usual) <= (self._horizon or math.inf)
+        return math.inf if bridged else 0.0
 
     @property
     def limit_s(self) -> float:

@@ -436,8 +436,8 @@ def contents(trace: RunTrace, report: Mapping[str, Any]) -> Iterator[tuple[str, 
     np.savez_compressed(npz, joint_names=np.array(trace.joint_names), **data)
     yield "run.npz", npz.getvalue()
     vectors = ("measured", "target", "commanded")
-    header = ["time_s", "episode", *(f"{kind}.{name}" for kind in vectors for name in trace.joint_names)]
-    table = np.column_stack([data["time_s"], data["episode"], *(data[kind] for kind in vectors)])
+    header = ["time_s", "episode", *(f"{kind}.{name}" for kind in vectors for name in trace.joint_names), "underrun"]
+    table = np.column_stack([data["time_s"], data["episode"], *(data[kind] for kind in vectors), data["underrun"]])
     np.savetxt(csv, table, fmt="%.5f", delimiter=",", header=",".join(header), comments="")
     yield "run.csv", csv.getvalue()
 

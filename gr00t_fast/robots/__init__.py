@@ -1,8 +1,8 @@
 """The real SO-100 through lerobot's driver, and the flags of every arm (`--robot.*`): which arm, on which port, with which cameras.
 
-The fields of the real arm are lerobot's own (`SOFollowerRobotConfig`, `OpenCVCameraConfig`; all that versions 0.4.3 to 0.6.1 have), so that a command
-line written for lerobot works unchanged. They are declared here once more because importing lerobot takes five seconds, which `--help` must not; a
-test compares the two.
+The fields of the real arm are lerobot's own (`SOFollowerRobotConfig`, `OpenCVCameraConfig`; all that versions 0.4.3 to 0.6.1 have, but for the gains
+of the servos), so that a command line written for lerobot works unchanged. They are declared here once more because importing lerobot takes five
+seconds, which `--help` must not; a test compares the two.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from gr00t_fast.base.errors import ConfigError, require
-from gr00t_fast.base.flags import Choice, Flags
+from gr00t_fast.base.flags import Choice, Flags, setting
 
 
 @dataclass
@@ -70,10 +70,6 @@ class SO100FollowerConfig(RobotConfig, type="so100_follower"):
     max_relative_target: float | dict[str, float] | None = None  # lerobot's own step limit, on top of ours
     use_degrees: bool = True  # body joints in degrees; false: -100 to 100 over the calibrated range
     num_read_retries: int = 2  # so often a request that a servo missed or answered damaged is repeated
-    position_p_coefficient: int = 16  # the servos' position gain; other gains than these need lerobot 0.6
-    position_i_coefficient: int = 0  # their integral gain
-    position_d_coefficient: int = 32  # their derivative gain
-    connect_attempts: int = 3  # a slow bus may miss a reply now and then
     reconnect_s: float = 5.0  # how long an unplugged port may stay away before the run ends
     watchdog_s: float | None = 1.0  # without a heartbeat for so long, a process beside the program ends it and takes the torque off; null: never
 
@@ -90,9 +86,10 @@ class SO100SimConfig(RobotConfig, type="so100_sim"):
     task: Literal["reach", "place"] = "place"  # what stands on the table, and what counts as solved
     cameras: dict[str, CameraConfig] = field(default_factory=lambda: {"front": SimCameraConfig()})
     use_degrees: bool = True
-    block_speed_m_s: float = 0.0  # reach only: the block is carried to and fro on an arc about the arm; slow inference then misses it
-    servo_lag_ms: float | None = None  # how far a moving joint trails its target; default: the motors' 90 to 103; a real SO-101: 133 to 200
     disable_torque_on_disconnect: bool = True
+    # Of programs that measure. Reach only: the block is carried to and fro on an arc about the arm; slow inference then misses it.
+    block_speed_m_s: float = setting(0.0, flag=False)
+    servo_lag_ms: float | None = setting(None, flag=False)  # see Simulation
 
 
 @dataclass(kw_only=True)

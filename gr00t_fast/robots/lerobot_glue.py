@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import field, fields, make_dataclass
 from enum import Enum
-from importlib.metadata import distributions, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -27,7 +27,6 @@ from gr00t_fast.base.contracts import SO100_JOINTS
 from gr00t_fast.base.errors import ConfigError, RobotError, check_ranges, one_line, require
 from gr00t_fast.robots import CameraConfig, OpenCVCameraConfig, RobotConfig, SO100FollowerConfig, filmed
 
-GAINS = {"position_p_coefficient": 16, "position_i_coefficient": 0, "position_d_coefficient": 32}  # what lerobot writes; settable since 0.6
 _LEROBOT_NAME = "so_follower"  # of the driver since lerobot 0.4.3, and of the directory with its calibrations
 _OLDER_DIRECTORIES = ("so100_follower", "so101_follower")  # of lerobot before the two drivers became one
 TICKS = 4095  # lerobot's scale: 360 degrees are 4095 ticks
@@ -36,11 +35,9 @@ TICKS = 4095  # lerobot's scale: 360 degrees are 4095 ticks
 OUTSIDE_DEG = 4.0
 GRIPPER = SO100_JOINTS.index("gripper")
 RANGES = {  # by field, the least and the most that makes sense
-    "connect_attempts": (1, math.inf),
     "reconnect_s": (0.0, 3600.0),
     "watchdog_s": (0.5, 60.0),  # a busy machine holds up a sound program for some tenths of a second
     "num_read_retries": (0, 10),  # a silent servo costs 0.15 s each time
-    **dict.fromkeys(GAINS, (0, 254)),  # what the servo's register holds
 }
 CAMERA_S = 6.0  # a camera that has given no picture by then counts as one that gives none; lerobot lets it warm up for a second
 _FINDERS = {"opencv": "lerobot-find-cameras opencv", "intelrealsense": "lerobot-find-cameras realsense"}
@@ -60,14 +57,11 @@ def check_numbers(config: SO100FollowerConfig) -> None:
 
 
 def make_follower(config: SO100FollowerConfig) -> Any:
-    """lerobot's unmodified `SO100Follower`. Raises MissingExtraError without lerobot, ConfigError for a setting that the installed version does not
-    have, RobotError when its constructor refuses."""
+    """lerobot's unmodified `SO100Follower`. Raises MissingExtraError without lerobot, RobotError when its constructor refuses."""
     require("scservo_sdk", "robot")
     package = require("lerobot.robots.so_follower", "robot")
     known = {each.name for each in fields(package.SO100FollowerConfig)}
     values = {name: value for name, value in vars(config).items() if name in known}
-    if unknown := [name for name, usual in GAINS.items() if name not in known and getattr(config, name) != usual]:
-        raise ConfigError(f"--robot.{unknown[0]} needs lerobot 0.6 or newer (Python 3.12): {version('lerobot')} always writes {GAINS[unknown[0]]}.")
     if "num_read_retries" in known:
         values["num_read_retries"] = 0  # Guard repeats below the driver, with what a damaged line needs in between; not both
     values["max_relative_target"] = None  # SO100FollowerArm limits steps itself

@@ -38,6 +38,7 @@ from gr00t_fast.robots.watchdog import Watchdog
 log = logging.getLogger(__name__)
 
 READ_PATIENCE_S = 0.5  # of connecting and switching on: so long a reading is tried for
+CONNECT_ATTEMPTS = 3  # a slow bus may miss an answer now and then
 FIRST_FRAME_MS = 3000
 OLDEST_FRAME_MS = 500  # an older newest frame means that the camera froze, unless one comes within FRAME_AGAIN_S:
 FRAME_AGAIN_S = 0.2  # what holds up the program holds up the thread that reads its camera
@@ -249,18 +250,17 @@ class SO100FollowerArm:
         self.check_stop()
 
     def _repeat(self, what: str, step: Any) -> None:
-        """Do a step of connecting up to `connect_attempts` times; a slow bus may miss an answer now and then."""
-        attempts = self.config.connect_attempts
-        for number in range(1, attempts + 1):
+        """Do a step of connecting up to CONNECT_ATTEMPTS times."""
+        for number in range(1, CONNECT_ATTEMPTS + 1):
             try:
                 step()
                 return
             except Gr00tFastError:
                 raise
             except (*EXCHANGE_FAILED, *LINK_LOST) as error:
-                if number == attempts:
+                if number == CONNECT_ATTEMPTS:
                     self._unanswered = True
-                    raise BusFault(self._connect_failure(what, attempts, error)) from error
+                    raise BusFault(self._connect_failure(what, error)) from error
                 self.events["connect_retry"] += 1
                 self.check_stop()
                 time.sleep(RETRY_PAUSE_S)
@@ -280,8 +280,8 @@ class SO100FollowerArm:
         finally:
             self._looking = False
 
-    def _connect_failure(self, what: str, attempts: int, error: Exception) -> str:
-        message = f"{what} on {self.config.port} failed {attempts} times: {_one_line(error)}. "
+    def _connect_failure(self, what: str, error: Exception) -> str:
+        message = f"{what} on {self.config.port} failed {CONNECT_ATTEMPTS} times: {_one_line(error)}. "
         complaints = {servo: error_names(bits) for servo, bits in self._bus.error_bits.items() if bits}
         if complaints:
             named = "; ".join(f"servo {servo} reports {', '.join(names)}" for servo, names in complaints.items())

@@ -156,7 +156,7 @@ def settings_of(config: Any) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Choice):
-        return {"type": value.type_name, **{name: _plain(each) for name, each in vars(value).items()}}
+        return {"type": value.type_name, **{flag.name: _plain(getattr(value, flag.name)) for flag in fields_of(type(value))}}
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

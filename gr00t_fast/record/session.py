@@ -23,7 +23,7 @@ _TELL_AFTER_S, SAVE_LIMIT_S = 5.0, 60.0  # pictures are encoded as they come: an
 
 
 class Session:
-    """What the control loop asks at each tick; nothing here waits. Without keys and recorder it changes nothing."""
+    """`control.loop.Session`. Without keys and recorder it changes nothing."""
 
     def __init__(
         self,
