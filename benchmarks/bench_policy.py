@@ -33,16 +33,20 @@ from gr00t_fast.base.measurement import StageTimer, percentiles
 from gr00t_fast.engine import EXPORTED, check_engine, make_engine, open_engine, select_device, select_precision
 from gr00t_fast.engine.manifest import target_of
 from gr00t_fast.model import Gr00t, ModelInputs
-from gr00t_fast.model.config import ModelConfig, QwenVisionConfig
+from gr00t_fast.model.config import ModelConfig, QwenVisionConfig, Siglip2VisionConfig, VisionConfig
 
-# Tokens before the first picture, between two, and in all beside pictures. "Place the block in the bowl" with one picture: N1.5 288 ids, N1.7 77.
-_TOKENS_N1D5, _TOKENS_N1D7 = (14, 0, 32), (4, 2, 13)
-_PICTURE_PIXELS_N1D7 = 256  # a side of the published settings
+# Tokens before the first picture, between two, and in all beside pictures ("Place the block in the bowl" with one picture: N1.5 288 ids, N1.6 137,
+# N1.7 77); and height and width of a picture where the tower leaves that open: of 640x480, N1.7's padded.
+_USUAL: dict[type, tuple[tuple[int, int, int], tuple[int, int] | None]] = {
+    VisionConfig: ((14, 0, 32), None),
+    Siglip2VisionConfig: ((26, 7, 29), (252, 336)),
+    QwenVisionConfig: ((4, 2, 13), (256, 256)),
+}
 
 
 @dataclass
 class Config(program.RandomFlags):
-    size: Literal["tiny", "demo", "full"] = "demo"  # of the random checkpoint; full: the published sizes, 4.7 GB, of N1.7 6.3 GB
+    size: Literal["tiny", "demo", "full"] = "demo"  # of the random checkpoint; full: the published sizes, 4.7 GB, of N1.6 6.6, of N1.7 6.3
     cameras: int = 1  # pictures of one observation
     rounds: int = 20  # turns of each arm
     warm_up: int = 2  # rounds before them that are not counted
@@ -108,17 +112,15 @@ def example_inputs(config: ModelConfig, device: torch.device, dtype: torch.dtype
     """One observation of random pixels, a prompt of the usual length and a state; and its noise. Never zeros: they can run faster."""
     generator = torch.Generator().manual_seed(seed)
     vision = config.vision
-    if isinstance(vision, QwenVisionConfig):
-        (before, between, text), size, token_side = _TOKENS_N1D7, _PICTURE_PIXELS_N1D7, vision.patch_size * vision.merge_size
-    else:
-        (before, between, text), size, token_side = _TOKENS_N1D5, vision.image_size, vision.patch_size
-    each = (size // token_side) ** 2
+    (before, between, text), size = _USUAL[type(vision)]
+    height, width = size or (vision.image_size, vision.image_size)
+    each = (height // vision.token_side) * (width // vision.token_side)
     positions = torch.cat([torch.arange(each) + before + camera * (each + between) for camera in range(cameras)])
     length = len(positions) + (cameras - 1) * between + text
     ids = torch.randint(0, min(1000, config.language.vocab_size - 1), (1, length), generator=generator)
     ids[ids == config.language.image_token_id] = 0
     ids[0, positions] = config.language.image_token_id
-    pixels = torch.rand(1, cameras, 3, size, size, generator=generator) * 2 - 1
+    pixels = torch.rand(1, cameras, 3, height, width, generator=generator) * 2 - 1
     state = torch.rand(1, config.head.state_dim, generator=generator) * 2 - 1
     noise = torch.randn(1, config.head.action_horizon, config.head.action_dim, generator=generator)
     place = {"device": device, "dtype": dtype}

@@ -1,4 +1,4 @@
-"""GR00T N1.5 and N1.7 on an SO-100 arm: one process, the reference's actions, as fast as the hardware allows.
+"""GR00T N1.5, N1.6 and N1.7 on an SO-100 arm: one process, the reference's actions, as fast as the hardware allows.
 
 Importing this package imports nothing else; `load_policy` and the types are looked up when first used.
 """

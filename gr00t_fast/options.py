@@ -35,7 +35,7 @@ class CheckpointOptions(Flags):
     data_config: str | None = None  # N1.5: a name of NVIDIA's (so100, so100_dualcam, ...) or module:ClassName; default: so100
     processor_path: Path | None = None  # directory with the tokenizer files; default: looked up
     prompt_style: Literal["plain", "nvidia"] = "plain"  # nvidia: with the brackets that NVIDIA's clients and server put around the instruction
-    letterbox: Literal["auto", "always", "never"] = "auto"  # whether an N1.7 checkpoint was trained on padded pictures; auto: its files tell
+    letterbox: Literal["auto", "always", "never"] = "auto"  # whether an N1.6 or N1.7 checkpoint was trained on padded pictures; auto: its files tell
 
     or_else: ClassVar[str] = ""  # what to do without a checkpoint
 
@@ -89,7 +89,7 @@ class CameraOptions(Flags):
 
     GROUP = "observations"
 
-    camera_size: str | None = None  # WIDTHxHEIGHT, which decides what an N1.7 export is for; default: as in --observations, or 640x480
+    camera_size: str | None = None  # WIDTHxHEIGHT, which decides what an N1.6 or N1.7 export is for; default: as in --observations, or 640x480
 
     def check(self) -> None:
         super().check()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gr00t_fast.base.console import byte_bar
-from gr00t_fast.base.contracts import ActionPrefix, ModalityConfig, Policy, PolicyMetadata
+from gr00t_fast.base.contracts import ActionPrefix, ModalityConfig, NetworkName, Policy, PolicyMetadata
 from gr00t_fast.base.errors import CheckpointError, ConfigError, EngineError, Gr00tFastError, ObservationError, UnsafeActionError
 from gr00t_fast.base.measurement import StageTimer
 from gr00t_fast.checkpoint import Checkpoint, load_model, open_checkpoint
@@ -68,12 +68,12 @@ def load_policy(
     revision: str | None = None,
     letterbox: str = "auto",
 ) -> Gr00tPolicy:
-    """Load a GR00T N1.5 or N1.7 checkpoint (directory or hub id; its config.json tells which) and return a policy ready to run.
+    """Load a GR00T N1.5, N1.6 or N1.7 checkpoint (directory or hub id; its config.json tells which) and return a policy ready to run.
 
-    `data_config` says what an N1.5 checkpoint reads, by default so100; an N1.7 checkpoint says that itself, and one that contradicts it is refused.
+    `data_config` says what an N1.5 checkpoint reads, by default so100; the others say that themselves, and one that contradicts it is refused.
     `revision` is the commit, tag or branch of a hub id: without a commit the weights may be others tomorrow.
-    `letterbox` ("always", "never") says of an N1.7 checkpoint whether its pictures were padded to a square when it was trained; by default its files
-    tell, which are silent on fine-tunes of April to June 2026 without `experiment_cfg/`.
+    `letterbox` ("always", "never") says of an N1.6 or N1.7 checkpoint whether its pictures were padded to a square when it was trained; by default
+    its files tell, which without `experiment_cfg/` are silent on most fine-tunes of N1.6, and on those of N1.7 of April to June 2026.
     `denoising_steps` defaults to the checkpoint's own; `action_horizon` to the number of the data config's `action_indices`, or what the
     checkpoint predicts if that is less. `engine_path` is the directory of an export, for engines that run one (default:
     `<checkpoint>/exports/<engine>`); they read no weights, they compare them. An Engine of your own can stand for a name, an object with NVIDIA's
@@ -210,8 +210,8 @@ class Gr00tPolicy(Policy):
         return sha256_of_json(Target(self.checkpoint, self.processor.embodiment).identity(Digests(self.checkpoint.path)))
 
     @property
-    def nested(self) -> bool:
-        return self.checkpoint.network.nested
+    def protocol(self) -> NetworkName:
+        return self.checkpoint.network.protocol
 
     @property
     def continues(self) -> bool:
@@ -259,8 +259,8 @@ class Gr00tPolicy(Policy):
         return checkpoint.network.reference_inputs(inputs, self.processor.embodiment, checkpoint.config, pixels)
 
     def unapply_transforms(self, action: dict[str, Any]) -> dict[str, np.ndarray]:
-        """`{"action": normalised actions (B, H, A)}`, a tensor or an array -> `action.<part>` float32 (B, H, D) in joint units; of N1.7 those that
-        the embodiment has, relative ones from `"state"`, the `state.<part>` (B, T, D) that they count from."""
+        """`{"action": normalised actions (B, H, A)}`, a tensor or an array -> `action.<part>` float32 (B, H, D) in joint units; of N1.6 and N1.7
+        those that the embodiment has, relative ones from `"state"`, the `state.<part>` (B, T, D) that they count from."""
         chunk = np.asarray(torch.as_tensor(action["action"]).float().cpu())
         return self.processor.action(chunk[:, : self.processor.embodiment.trained_horizon], action.get("state"))
 
@@ -273,7 +273,7 @@ class Gr00tPolicy(Policy):
         """One inference.
 
         observation: `video.<cam>` uint8 (T, H, W, 3) or (B, T, H, W, 3) with T = 1, any resolution; `state.<part>` float (T, D) or
-        (B, T, D); the instruction as str or list of str. Unbatched in, unbatched out. NVIDIA's nested form of N1.7 is taken too. Where a checkpoint
+        (B, T, D); the instruction as str or list of str. Unbatched in, unbatched out. NVIDIA's nested form is taken too. Where a checkpoint
         reads earlier times (`delta_indices` of `get_modality_config`), T is their number, oldest first.
         noise: (B, trained horizon, A), numpy or torch; makes the call reproducible. Drawn from the policy's generator when absent.
         prefix: actions to continue; without it, or with no rows in it, the call is exactly the same as ever.

@@ -115,6 +115,8 @@ def _reference(name: str, file: str = ".") -> Any:
 eagle_dir = _reference("eagle2_hg_model", "vocab.json")  # tokenizer and processor files of Eagle
 qwen_dir = _reference("qwen3_vl_processor", "vocab.json")  # tokenizer files of Qwen3-VL
 golden_n1d7_dir = _reference("golden_n1d7")  # recorded outputs of the reference's N1.7 code
+n1d6_dir = _reference("n1d6_processor", "vocab.json")  # tokenizer files of N1.6's Eagle
+golden_n1d6_dir = _reference("golden_n1d6")  # recorded outputs of the reference's N1.6 code
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from gr00t_fast.export.onnx import export_onnx, shapes_of
 from gr00t_fast.export.verify import Case, collect_cases
 from gr00t_fast.model import Gr00t, ModelInputs
 from gr00t_fast.model.action_head import euler_step
-from gr00t_fast.model.config import ModelConfig, QwenVisionConfig
+from gr00t_fast.model.config import ModelConfig, VisionConfig
 from gr00t_fast.policy import Gr00tPolicy
 
 
@@ -61,8 +61,8 @@ def make_export(
 
 
 def inputs_for(config: ModelConfig, pictures: int = 1, text_tokens: int = 20, **options: int | tuple[int, int]) -> tuple[ModelInputs, Tensor]:
-    """Random inputs and noise of either network."""
-    if isinstance(config.vision, QwenVisionConfig):
+    """Random inputs and noise of any network."""
+    if not isinstance(config.vision, VisionConfig):
         return random_inputs_n1d7(config, pictures=pictures, text_tokens=text_tokens, **options)
     return random_inputs(config, cameras=pictures, text_tokens=text_tokens, **options)
 

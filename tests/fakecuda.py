@@ -26,14 +26,15 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 COMMITTED = ROOT / "benchmarks" / "results" / "gpu_graphs.json"
-SHORT = {"n1.5": 2, "n1.7": 4}  # blocks after which the transformer repeats itself: what `make test` compiles in some seconds
+SHORT = {"n1.5": 2, "n1.6": 4, "n1.7": 4}  # blocks after which the transformer repeats itself: what `make test` compiles in some seconds
 
 
 @dataclass(frozen=True)
 class Case:
     """One engine with an observation of `cameras` pictures and an instruction of some words.
 
-    wide: N1.7, pictures of 4:3. short: the published network with one block in each tower and as few in the transformer as have all that is in it.
+    wide: N1.7, pictures of 4:3 (N1.6's always are). short: the published network with one block in each tower and as few in the transformer as have
+    all that is in it.
     """
 
     network: str
@@ -61,12 +62,12 @@ def groups(quick: bool) -> list[list[Case]]:
     quick: Inductor compiles only once, with few blocks, of the network with more in it.
     """
     found = []
-    for network in ("n1.5", "n1.7"):
+    for network in ("n1.5", "n1.6", "n1.7"):
         case = functools.partial(Case, network, "cuda_graph")
         compiled = functools.partial(Case, network, "compiled", short=True)
         recorded = [case(), case(cameras=2), case(continues=True)]
         if quick:
-            found += [recorded] if network == "n1.5" else [[compiled()], recorded]
+            found += [[compiled()], recorded] if network == "n1.7" else [recorded]
         else:
             found.append([compiled(), compiled(cameras=2), compiled(continues=True)])
             found += [recorded, [Case(network, "compiled")]]
@@ -159,19 +160,19 @@ def published_network(version: str, short: bool = False) -> Any:
     import torch
 
     from gr00t_fast.model import Gr00t
-    from gr00t_fast.networks import n1d5, n1d7
+    from gr00t_fast.networks import n1d5, n1d6, n1d7
     from gr00t_fast.virtual.random_checkpoint import network_config
 
     config, backbone = network_config("full", True, version)
     head, last = (config["action_head_cfg"], config["backbone_cfg"]) if version == "n1.5" else (config, config)
     if short:
-        last["select_layer"] = backbone["text_config"]["num_hidden_layers"] = head["vl_self_attention_cfg"]["num_layers"] = 1
+        last["select_layer"] = backbone["text_config"]["num_hidden_layers"] = head.get("vl_self_attention_cfg", {})["num_layers"] = 1
         head["diffusion_model_cfg"]["num_layers"] = SHORT[version]
-        backbone["vision_config"] |= {"num_hidden_layers": 1} if version == "n1.5" else {"depth": 1, "deepstack_visual_indexes": [0]}
+        backbone["vision_config"] |= {"depth": 1, "deepstack_visual_indexes": [0]} if version == "n1.7" else {"num_hidden_layers": 1}
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("cuda"):
-            made = Gr00t((n1d5.read_config if version == "n1.5" else n1d7.read_config)(config, backbone))
+            made = Gr00t({"n1.5": n1d5, "n1.6": n1d6, "n1.7": n1d7}[version].read_config(config, backbone))
             return made.requires_grad_(False).eval()
     finally:
         torch.set_default_dtype(torch.float32)
@@ -185,9 +186,10 @@ def call(engine: Any, case: Case, seed: int = 0) -> Any:
     from gr00t_fast.base.measurement import StageTimer
     from gr00t_fast.engine import Continuation, PolicyInputs
 
-    size, tokens = ((480, 640), 256) if case.network == "n1.5" else ((256, 352), 88) if case.wide else ((256, 256), 64)
+    usual = {"n1.5": ((480, 640), 256), "n1.6": ((252, 336), 108), "n1.7": ((256, 256), 64)}
+    size, tokens = ((256, 352), 88) if case.wide else usual[case.network]
     head, images, generator = engine.model.config.head, tokens * case.cameras, np.random.default_rng(seed)
-    text = 32 if case.network == "n1.5" else 15
+    text = {"n1.5": 32, "n1.6": 29, "n1.7": 15}[case.network]
     frames = [generator.integers(0, 255, (1, *size, 3), dtype=np.uint8) for _ in range(case.cameras)]
     ids, lengths = np.full((1, images + text), 7), np.full(1, images + text)
     state = np.zeros((1, head.state_dim), np.float32)

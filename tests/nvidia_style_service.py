@@ -1,4 +1,4 @@
-"""Clients and servers of the GR00T N1.5 and N1.7 service protocols, written from their description and independent of gr00t_fast.serving.
+"""Clients and servers of the GR00T N1.5, N1.6 and N1.7 service protocols, written from their description and independent of gr00t_fast.serving.
 
 They behave like the reference's: a REP socket that answers one request after the other, a REQ socket that waits for ever, `np.save` and
 `np.load` for arrays, `kill` answered with nil, "Unknown endpoint" for what is not registered, data left out where an endpoint takes none.
@@ -198,6 +198,27 @@ class ServerN1d7(Server):
         assert all(value.dtype == np.float32 and value.ndim == 3 for value in seen["state"].values())
         assert all(isinstance(text, str) for texts in seen["language"].values() for (text,) in texts)
         return [{key.removeprefix("action."): value for key, value in self.policy.get_action(seen).items()}, {}]
+
+
+def unpack_n1d6(data: bytes) -> Any:
+    def special(value: dict[str, Any]) -> Any:
+        assert b"nd" not in value, "N1.6's code would leave it a map"
+        if "__ModalityConfig_class__" in value:
+            return {key: value["as_json"][key] for key in ("delta_indices", "modality_keys")}
+        return np.load(io.BytesIO(value["as_npy"]), allow_pickle=False) if "__ndarray_class__" in value else value
+
+    return msgpack.unpackb(data, object_hook=special)
+
+
+class ClientN1d6(ClientN1d7):
+    pack, unpack = staticmethod(pack), staticmethod(unpack_n1d6)
+
+
+class ServerN1d6(ServerN1d7):
+    pack, unpack = staticmethod(pack), staticmethod(unpack_n1d6)
+
+    def _configs(self) -> dict[str, Any]:
+        return {name: {"__ModalityConfig_class__": True, "as_json": config["as_json"]} for name, config in super()._configs().items()}
 
 
 def _squeezed(actions: dict[str, np.ndarray], observation: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -20,13 +20,15 @@ CLOSE_DEG = 1e-3  # joint ranges are near 100 degrees: ten digits in fp32 are no
 WORDS = Sizes(language=(48, 96, 2, 4, 2, 16), vl=(2, 4, 12), dit=(4, 4, 12), vision=(32, 64, 2, 2))
 
 
-@pytest.fixture(scope="module", params=[("n1.5", "so100"), ("n1.5", "so100_dualcam"), ("n1.7", "so100_dualcam")], ids="-".join)
+@pytest.fixture(
+    scope="module", params=[("n1.5", "so100"), ("n1.5", "so100_dualcam"), ("n1.6", "so100_dualcam"), ("n1.7", "so100_dualcam")], ids="-".join
+)
 def policy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Gr00tPolicy:
     (network, data_config), directory = request.param, tmp_path_factory.mktemp("checkpoint")
     if network == "n1.5":
         checkpoint = write_network(directory, WORDS, data_config=data_config)
     else:
-        checkpoint = write_random_checkpoint(directory, "tiny", data_config, network="n1.7")
+        checkpoint = write_random_checkpoint(directory, "tiny", data_config, network=network)
     loaded = load_policy(checkpoint, data_config=data_config, device="cpu", precision="fp32")
     loaded.name = data_config
     return loaded

@@ -20,7 +20,7 @@ from benchmarks.lib.reference import REFERENCE_HEAD
 from benchmarks.lib.work import Ceilings, stage_work
 from gr00t_fast.base.measurement import without_machine_paths
 from gr00t_fast.model import Gr00t
-from gr00t_fast.networks import n1d5, n1d7
+from gr00t_fast.networks import n1d5, n1d6, n1d7
 from gr00t_fast.virtual.random_checkpoint import network_config
 
 
@@ -83,13 +83,15 @@ def test_benchmarks_take_a_random_n1d7_network(tmp_path: Path, capsys: pytest.Ca
     ("config", "tokens", "pictures", "gflop", "weight_gb", "floor_ms"),
     [
         (lambda: n1d5.read_config(*network_config("full", True)), (288, 256), 1, 887, 5.93, 1.43),
+        (lambda: n1d6.read_config(*network_config("full", True, "n1.6")), (254, 216), 2, 1542, 9.3, 2.63),
         (lambda: n1d7.read_config(*network_config("full", True, "n1.7")), (79, 64), 1, 619, 9.74, 2.04),
         (lambda: n1d7.read_config(*network_config("full", True, "n1.7")), (145, 128), 2, 935, 9.74, 2.21),
     ],
-    ids=["n1.5", "n1.7", "n1.7, two pictures"],
+    ids=["n1.5", "n1.6, two pictures", "n1.7", "n1.7, two pictures"],
 )
 def test_the_work_of_the_published_networks(config, tokens: tuple[int, int], pictures: int, gflop: float, weight_gb: float, floor_ms: float) -> None:
-    """Four steps in bf16, and the floor on an H200, as docs/results.md has them; counted by hand, apart from this code, for N1.7."""
+    """Four steps in bf16, and the floor on an H200, as docs/results.md has them; counted by hand, apart from this code, for N1.6
+    and N1.7."""
     with torch.device("meta"):
         work = stage_work(Gr00t(config()).to(torch.bfloat16), *tokens, pictures, 4).values()
     assert sum(each.flop for each in work) / 1e9 == pytest.approx(gflop, rel=0.01)

@@ -72,6 +72,7 @@ def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
     directory = tmp_path_factory.mktemp("stand")
     virtual_camera.build_plugin(directory)
     write_random_checkpoint(directory / "checkpoint", "tiny", resolution=(1280, 720))
+    write_random_checkpoint(directory / "n1d6", "tiny", network="n1.6")
     write_random_checkpoint(directory / "n1d7", "tiny", network="n1.7", frame_offsets=(-15, 0))
     _answers_nan(write_random_checkpoint(directory / "poisoned", "tiny", resolution=CAMERA))
     command = [sys.executable, "-m", "gr00t_fast", "bus", f"--link={directory / 'port'}", f"--write_calibration={directory}"]
@@ -153,11 +154,12 @@ def _recorded(data: Path) -> list[dict]:
     return [dataset[index] for index in range(len(dataset))]
 
 
-def test_a_server_with_n1d7_drives_the_arm(stand: Stand) -> None:
+@pytest.mark.parametrize("network", ["n1d6", "n1d7"])
+def test_a_server_drives_the_arm(stand: Stand, network: str) -> None:
     for package in ("msgpack", "zmq"):  # not among those of the tests with lerobot 0.6
         pytest.importorskip(package)
     address = f"--address=ipc://{stand.directory}/server"
-    command = [sys.executable, "-m", "gr00t_fast.serving", f"--model_path={stand.directory / 'n1d7'}", address, "--device=cpu", "--precision=fp32"]
+    command = [sys.executable, "-m", "gr00t_fast.serving", f"--model_path={stand.directory / network}", address, "--device=cpu", "--precision=fp32"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
         try:
             address = server.stdout.readline().split()[-1]

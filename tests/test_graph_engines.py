@@ -35,14 +35,16 @@ CLOSE_DEG = 2e-3  # fp32 in another order of operations; joint ranges are near 1
 UNEQUAL = ["pick", "put the red block into the bowl, then wave", "x"]
 
 
-@pytest.fixture(scope="module", params=[("n1.5", "so100"), ("n1.5", "so100_dualcam"), ("n1.7", "so100_dualcam")], ids="-".join)
+@pytest.fixture(
+    scope="module", params=[("n1.5", "so100"), ("n1.5", "so100_dualcam"), ("n1.6", "so100_dualcam"), ("n1.7", "so100_dualcam")], ids="-".join
+)
 def policies(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The plain model and the graph engine, each over a copy of the weights of its own."""
     (network, name), directory = request.param, tmp_path_factory.mktemp("checkpoint")
     if network == "n1.5":
         checkpoint = write_network(directory, SIZES, data_config=name)
     else:
-        checkpoint = write_random_checkpoint(directory, "tiny", name, network="n1.7")
+        checkpoint = write_random_checkpoint(directory, "tiny", name, network=network)
     eager = load_policy(checkpoint, data_config=name, device="cpu", precision="fp32", engine="eager", seed=5)
     engine = GraphEngine("uncompiled", fused_model(load_network(checkpoint)))
     return {"eager": eager, "graph": load_policy(checkpoint, data_config=name, engine=engine, seed=5), "name": name}
@@ -192,10 +194,12 @@ def test_compiled_on_a_cpu(tmp_path: Path, precision: str) -> None:
 # --- stages traced as the compiled engines trace them --------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["n1.5", "n1.7"])
+@pytest.fixture(scope="module", params=["n1.5", "n1.6", "n1.7"])
 def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Gr00t:
     directory = tmp_path_factory.mktemp("traced")
-    return load_network(write_network(directory, SIZES) if request.param == "n1.5" else write_network_n1d7(directory))
+    if request.param == "n1.5":
+        return load_network(write_network(directory, SIZES))
+    return load_network(write_network_n1d7(directory) if request.param == "n1.7" else write_random_checkpoint(directory, "tiny", network="n1.6"))
 
 
 def traced(fused: FusedModel, any_length: bool) -> Stages:
@@ -222,10 +226,11 @@ def test_every_stage_is_traced_whole(network: Gr00t, any_length: bool, mode) -> 
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["n1.6", "n1.7"])
 @pytest.mark.parametrize("patches", [(4, 4), (4, 6), (6, 2)])
-def test_pictures_of_any_shape_give_the_eager_actions(tmp_path: Path, patches: tuple[int, int]) -> None:
-    """N1.7: another grid has other positions in the tower, other tokens and other places in the prompt."""
-    model = load_network(write_network_n1d7(tmp_path))
+def test_pictures_of_any_shape_give_the_eager_actions(tmp_path: Path, patches: tuple[int, int], name: str) -> None:
+    """Another grid has other positions in the tower, other tokens and, in N1.7, other places in the prompt."""
+    model = load_network(write_network_n1d7(tmp_path) if name == "n1.7" else write_random_checkpoint(tmp_path, "tiny", network=name))
     inputs, start = inputs_for(model.config, 2, patches=patches)
     expected, fused = EagerEngine(model).run(inputs, start, 2, StageTimer()), fused_model(model)
     with torch.no_grad():

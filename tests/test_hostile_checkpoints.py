@@ -31,12 +31,10 @@ COUNT = int(os.environ.get("GR00T_FAST_HOSTILE_CHECKPOINTS") or 60)
 HANG_S = 30.0  # on a busy machine; the slowest takes two seconds on a quiet one
 MAX_MESSAGE_CHARACTERS = 10_000
 LENGTH_BYTES = 8
+PROCESSOR_FILES = ("processor_config.json", "statistics.json", "embodiment_id.json")
 FILES = {
     "n1.5": ("config.json", "eagle2_hg_model/config.json", "experiment_cfg/metadata.json", "eagle2_hg_model/tokenizer.json", "model.safetensors"),
-    "n1.7": (
-        *("config.json", "backbone_config.json", "processor_config.json", "statistics.json", "embodiment_id.json", "tokenizer.json"),
-        "model.safetensors",
-    ),
+    **dict.fromkeys(("n1.6", "n1.7"), ("config.json", "backbone_config.json", *PROCESSOR_FILES, "tokenizer.json", "model.safetensors")),
     **{
         case: (
             *("config.json", "base_config.json", "policy_preprocessor.json", "policy_preprocessor.json", "policy_postprocessor.json"),
@@ -143,8 +141,8 @@ def test_hostile_checkpoints_are_refused_or_work(network: str, tmp_path: Path, r
     pristine, processor, seen = tmp_path / "pristine", None, observation()
     if network == "n1.5":
         write_network(pristine)
-    elif network == "n1.7":
-        write_random_checkpoint(pristine, "tiny", network="n1.7")
+    elif network in ("n1.6", "n1.7"):
+        write_random_checkpoint(pristine, "tiny", network=network)
     else:
         shared = request.getfixturevalue("shared_dir")
         shutil.copytree(shared / "golden_lerobot" / network / "checkpoint", pristine)

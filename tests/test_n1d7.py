@@ -21,7 +21,7 @@ from gr00t_fast.checkpoint import load_model, open_checkpoint
 from gr00t_fast.cli.run import main
 from gr00t_fast.engine.manifest import target_of
 from gr00t_fast.inputs.embodiment import ImageSettings
-from gr00t_fast.inputs.images import _interpolated, accepted_size, picture, view, view_size
+from gr00t_fast.inputs.images import BY_QWEN, _interpolated, accepted_size, view, view_size
 from gr00t_fast.inputs.transforms import ActionTransform, StateTransform
 from gr00t_fast.model.config import QwenVisionConfig
 from gr00t_fast.model.vision import patches_of, picture_values
@@ -263,7 +263,7 @@ def test_pictures_as_torchvision_makes_them(shape: tuple[int, int]) -> None:
     sizes = ((230, 230), (256, 256)), ((230, 200), (256, 320)), ((300, 300), (256, 256))
     for (crop, target), letterbox in itertools.product(sizes, (True, False)):
         reference = v2.Compose([v2.ToImage(), *([pad] if letterbox else []), v2.Resize(target), v2.CenterCrop(crop), v2.Resize(target)])
-        made = picture(frame, ImageSettings(letterbox, False, 256, 1.0, crop, target), 32)
+        made = BY_QWEN(view(frame, ImageSettings(letterbox, False, 256, 1.0, crop, target)), 32)
         assert np.array_equal(made, reference(torch.from_numpy(frame).permute(2, 0, 1)).permute(1, 2, 0).numpy())
 
 

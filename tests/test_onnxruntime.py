@@ -75,6 +75,15 @@ def _assert_close(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) ->
         np.testing.assert_allclose(value, theirs[key], rtol=0, atol=CLOSE_DEG)
 
 
+def test_memory_of_torch_gives_the_same_and_a_gpu_that_is_not_taken_is_refused(policy: Gr00tPolicy, dualcam: Path, exported: Path) -> None:
+    bound = _load(dualcam, exported)
+    bound.engine.runtime.bound = True  # as on a GPU
+    _assert_close(*(each.get_action(observation(TWO, batch=2), noise=_noise(2)) for each in (bound, policy)))
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        with pytest.raises(EngineError, match=r"CPUExecutionProvider.*onnxruntime-gpu"), pytest.warns(UserWarning, match="CUDA"):
+            _load(dualcam, exported, device="cuda")
+
+
 # --- parity --------------------------------------------------------------------------------------------------------------------------
 
 

@@ -124,7 +124,7 @@ def test_the_hub_comes_last_and_its_failure_is_explained(tmp_path: Path, no_hub:
     assert no_hub == [PROMPT.hub]
 
 
-@pytest.mark.parametrize(("network", "place"), [("n1.5", "eagle2_hg_model"), ("n1.5", "."), ("n1.7", "."), ("n1.7", "processor")])
+@pytest.mark.parametrize(("network", "place"), [("n1.5", "eagle2_hg_model"), ("n1.5", "."), ("n1.6", "."), ("n1.7", "."), ("n1.7", "processor")])
 def test_a_hub_id_has_the_tokenizer_that_its_path_has(network: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects

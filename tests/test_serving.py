@@ -50,9 +50,9 @@ def server(policy: ArithmeticPolicy) -> Iterator[PolicyServer]:
         policy.released.set()
 
 
-def of_n1d7(data_config: str = "so100") -> ArithmeticPolicy:
+def nested_policy(data_config: str, network: str) -> ArithmeticPolicy:
     policy = ArithmeticPolicy(data_config)
-    policy.nested = True
+    policy.protocol = network
     return policy
 
 
@@ -74,18 +74,22 @@ def test_n1d5_clients_get_the_actions_of_our_policy(data_config: str, batch: int
     assert actions["action.single_arm"].shape == ((HORIZON, 5) if batch is None else (batch, HORIZON, 5))
 
 
+@pytest.mark.parametrize("network", ["n1.6", "n1.7"])
 @pytest.mark.parametrize(("data_config", "batch"), PARTNERS)
-def test_n1d7_clients_get_the_actions_of_our_policy_beside_those_of_n1d5(data_config: str, batch: int | None) -> None:
+def test_n1d6_and_n1d7_clients_get_the_actions_of_our_policy_beside_those_of_n1d5(data_config: str, batch: int | None, network: str) -> None:
     cameras = CAMERAS[data_config]
     seen = observation(batch, cameras)
     nested, _ = nested_observation(seen)
+    own, other = (reference.ClientN1d6, reference.ClientN1d7)[:: 1 if network == "n1.6" else -1]
     with (
-        running(PolicyServer(of_n1d7(data_config), port=0)) as server,
-        reference.ClientN1d7(server.port) as client,
+        running(PolicyServer(nested_policy(data_config, network), port=0)) as server,
+        own(server.port) as client,
+        other(server.port) as stranger,
         reference.Client(server.port) as older,
     ):
-        config = client.call("get_modality_config", requires_input=False)
-        assert config["video"] == {"__ModalityConfig__": True, "as_json": {"delta_indices": [0], "modality_keys": [*cameras]}}
+        config, told = client.call("get_modality_config", requires_input=False), {"delta_indices": [0], "modality_keys": [*cameras]}
+        assert config["video"] == (told if network == "n1.6" else {"__ModalityConfig__": True, "as_json": told})
+        assert_same(*(each.get_action(nested) for each in (stranger, client)))
         actions = {f"action.{key}": value for key, value in client.get_action(nested).items()}
         assert client.call("reset", {"options": None}) == {"status": "ok"}
         for given, said in (({**nested, "state": {}}, r"state\.gripper"), (seen, f"video.{cameras[0]}")):  # the second: N1.5's keys
@@ -159,10 +163,12 @@ def test_our_client_gets_the_actions_of_an_n1d5_server(data_config: str, batch: 
         until(lambda: not server.thread.is_alive(), "the end of the server")
 
 
+@pytest.mark.parametrize("network", ["n1.6", "n1.7"])
 @pytest.mark.parametrize(("data_config", "batch"), PARTNERS)
-def test_our_client_gets_the_actions_of_an_n1d7_server(data_config: str, batch: int | None) -> None:
-    policy, seen = of_n1d7(data_config), observation(batch, CAMERAS[data_config])
-    with reference.ServerN1d7(policy) as server, PolicyClient(port=server.port) as client:
+def test_our_client_gets_the_actions_of_an_n1d6_or_n1d7_server(data_config: str, batch: int | None, network: str) -> None:
+    policy, seen = nested_policy(data_config, network), observation(batch, CAMERAS[data_config])
+    server_of = {"n1.6": reference.ServerN1d6, "n1.7": reference.ServerN1d7}[network]
+    with server_of(policy) as server, PolicyClient(port=server.port) as client:
         flat, nested = client.get_action(seen), client.get_action(nested_observation(seen)[0])
         assert [request["endpoint"] for request in server.requests] == ["get_modality_config", "get_action", "get_action"]
         assert client.get_modality_config() == policy.get_modality_config()

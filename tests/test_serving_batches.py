@@ -228,7 +228,7 @@ def test_deadlines_that_are_missed_are_counted_for_their_client(together: tuple[
     assert b'gr00t_deadlines_missed_total{client="127.0.0.1#' in server.service.figures.exposition()
 
 
-@pytest.mark.parametrize("network", ["n1.5", "n1.7"])
+@pytest.mark.parametrize("network", ["n1.5", "n1.6", "n1.7"])
 def test_a_network_answers_several_clients_as_it_answers_each_alone(network: Any, tmp_path: Path) -> None:
     """The real one, by its own table of times; noise and instructions of each client's own."""
     policy = load_policy(write_random_checkpoint(tmp_path, "tiny", "so100", network=network), device="cpu", precision="fp32", seed=0)

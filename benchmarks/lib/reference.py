@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gr00t_fast.base.contracts import ModalityConfig, Policy
-from gr00t_fast.base.errors import CheckpointError, require
+from gr00t_fast.base.errors import CheckpointError, ConfigError, require
 from gr00t_fast.base.measurement import StageTimer
 from gr00t_fast.checkpoint import Checkpoint, open_checkpoint
 from gr00t_fast.engine import Engine
@@ -150,8 +150,12 @@ _PLACE = re.compile(r"<image-(\d+)>")
 
 
 def reference_engine(checkpoint: Path, embodiment_tag: str, device: torch.device, dtype: torch.dtype) -> ReferenceEngine:
-    """Of the checkpoint's network. Raises MissingExtraError without the packages that it needs, CheckpointError without files that it reads."""
-    if open_checkpoint(checkpoint, with_weights=False).network.name == "n1.5":
+    """Of the checkpoint's network. Raises MissingExtraError without the packages that it needs, CheckpointError without files that it reads,
+    ConfigError for N1.6, which no library can run."""
+    network = open_checkpoint(checkpoint, with_weights=False).network
+    if network.name == "n1.6":
+        raise ConfigError(f"there is no second reference of {network.title}: neither lerobot nor transformers has its tower. Leave it out.")
+    if network.name == "n1.5":
         return ReferenceEngine(checkpoint, embodiment_tag, device, dtype)
     from benchmarks.lib.reference_n1d7 import ReferenceEngineN1d7
 

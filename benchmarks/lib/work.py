@@ -15,6 +15,7 @@ import torch
 from gr00t_fast.base.measurement import StageTimer
 from gr00t_fast.model import Gr00t
 from gr00t_fast.model.config import ModelConfig
+from gr00t_fast.model.siglip2 import Siglip2Tower
 from gr00t_fast.model.vision import QwenVisionTower
 
 
@@ -45,8 +46,9 @@ def stage_work(model: Gr00t, prompt_tokens: int, image_tokens: int, pictures: in
     """Work of one inference of one observation, by the stage names of the engines. image_tokens: of all pictures, among the prompt's."""
     c: ModelConfig = model.config
     v, la, h = c.vision, c.language, c.head
-    joined = v.merge_size**2 if isinstance(model.vision, QwenVisionTower) else 1  # patches that become one token
+    joined = getattr(v, "merge_size", 1) ** 2  # patches that become one token
     mergers = [model.vision.merger, *model.vision.deepstack_mergers] if isinstance(model.vision, QwenVisionTower) else []
+    mergers += [model.vision.connector] if isinstance(model.vision, Siglip2Tower) else []
     patches = image_tokens * joined
     seen = {"all": prompt_tokens, "text": prompt_tokens - image_tokens, "image": image_tokens}  # by cross-attending blocks
     sequence = 1 + h.future_tokens + h.action_horizon

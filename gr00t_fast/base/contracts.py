@@ -22,14 +22,15 @@ MIN_FRAME_PX, MAX_FRAME_PX, MAX_PIXELS = 32, 8192, 2**25
 
 # How body joints are expressed; the gripper is 0..100 (per cent open) in both.
 JointUnit = Literal["degrees", "range_m100_100"]
-NetworkName = Literal["n1.5", "n1.7"]
+NetworkName = Literal["n1.5", "n1.6", "n1.7"]
 
 
 @dataclass(frozen=True)
 class ModalityConfig:
     """Which keys of a modality the policy reads, and at which time offsets (NVIDIA's `ModalityConfig`, same field names).
 
-    action_configs: of N1.7's actions, how the checkpoint gives each key: rep, type, format, state_key. What `get_action` returns is absolute.
+    action_configs: of N1.6's and N1.7's actions, how the checkpoint gives each key: rep, type, format, state_key. What `get_action` returns is
+    absolute.
     """
 
     delta_indices: list[int]
@@ -49,8 +50,8 @@ class PartStatistics:
 
 @dataclass(frozen=True)
 class Letterbox:
-    """Whether N1.7 pads every picture to a square with black before it does anything else; `why` says by what that was decided. known: False where
-    the checkpoint was made by a version that padded whatever its files say, or by one that did not, and nothing tells which."""
+    """Whether N1.6 or N1.7 pads every picture to a square with black before it does anything else; `why` says by what that was decided. known: False
+    where the checkpoint was made by a version that padded whatever its files say, or by one that did not, and nothing tells which."""
 
     pads: bool
     why: str
@@ -73,7 +74,7 @@ class PolicyMetadata:
     state_statistics: Mapping[str, PartStatistics]
     action_statistics: Mapping[str, PartStatistics]
     trained_horizon: int
-    letterbox: Letterbox | None = None  # of N1.7
+    letterbox: Letterbox | None = None  # of N1.6 and N1.7
     n_action_steps: int | None = None  # how many actions of a chunk a run plays unless it is told otherwise; None: all
     fingerprint: str | None = None  # of a policy on our server: what each of its answers carries
 
@@ -100,7 +101,7 @@ class Policy(Protocol):
     """
 
     metadata: PolicyMetadata | None = None  # what its checkpoint was trained on, where that is known
-    nested: bool = False  # whether NVIDIA's clients of it speak the nested form (N1.7's), else the flat one
+    protocol: NetworkName = "n1.5"  # which NVIDIA's clients of it speak: flat (N1.5's), or nested with N1.5's arrays (N1.6's) or its own (N1.7's)
     action_horizon: int | None = None  # how many actions a call returns; None: not known before the first one
     continues: bool = False  # whether `get_action` takes an ActionPrefix
     computes: bool = True  # False: it plays what was recorded, and there are no inferences to speak of

@@ -34,7 +34,7 @@ class ConfigError(Gr00tFastError, ValueError):
 
 
 class CheckpointError(Gr00tFastError, ValueError):
-    """The checkpoint directory is incomplete, damaged, or not GR00T N1.5 or N1.7."""
+    """The checkpoint directory is incomplete, damaged, or not GR00T N1.5, N1.6 or N1.7."""
 
 
 class EngineError(Gr00tFastError, RuntimeError):

@@ -70,8 +70,8 @@ def open_checkpoint(model_path: str | Path, with_weights: bool = True, revision:
     """Read configuration and metadata of a local directory, or of a hub repository (downloaded). Raises CheckpointError.
 
     `with_weights=False`: only the small files are needed and downloaded; `weight_files` is empty. `revision`: commit, tag or branch of the hub
-    repository; without one it is whatever the repository holds today. `letterbox`: of N1.7, as of `load_policy`. Raises ConfigError for a revision
-    of a local directory, and for another word than these.
+    repository; without one it is whatever the repository holds today. `letterbox`: of N1.6 and N1.7, as of `load_policy`. Raises ConfigError for a
+    revision of a local directory, and for another word than these.
     """
     path = _local_directory(model_path, with_weights, revision)
     adapter = read_adapter(path, with_weights)

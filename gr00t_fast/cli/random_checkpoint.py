@@ -18,7 +18,7 @@ class RandomCheckpointConfig:
 
     out: Path  # directory to create
     network: NetworkName = "n1.5"  # which of the published networks
-    size: Literal["tiny", "demo", "full"] = "demo"  # full: the published sizes, 4.7 GB, of N1.7 6.3 GB
+    size: Literal["tiny", "demo", "full"] = "demo"  # full: the published sizes, 4.7 GB, of N1.6 6.6, of N1.7 6.3
     data_config: str = "so100"  # one of NVIDIA's for this arm: so100, so100_dualcam
     resolution: str = "640x480"  # of the imagined training videos
     seed: int = 0  # of the weights

@@ -1,4 +1,4 @@
-"""`gr00t-fast run`: drive an SO-100 arm with GR00T N1.5 or N1.7, in one process or with a policy server.
+"""`gr00t-fast run`: drive an SO-100 arm with GR00T N1.5, N1.6 or N1.7, in one process or with a policy server.
 
     gr00t-fast run \\
         --robot.type=so100_follower --robot.port=/dev/ttyACM0 --robot.id=black \\

@@ -154,8 +154,9 @@ class Preflight:
             if letterbox is not None and not letterbox.known and camera.width != camera.height:
                 text = (
                     f"camera '{robot_name}' is {camera.width}x{camera.height}, and nothing tells whether its pictures are to be padded to "
-                    f"a square: they are not padded, because {letterbox.why}. Fine-tunes made with NVIDIA's code of April to mid-June 2026 were "
-                    "padded and say the same: for one of these give --letterbox=always, for a later one --letterbox=never (which ends this warning)."
+                    f"a square: they are not padded, because {letterbox.why}. Fine-tunes made with NVIDIA's code of some months were padded "
+                    "and say the same (N1.6: from 24 February 2026 on; N1.7: April to mid-June 2026): for one of these give --letterbox=always, for "
+                    "another one --letterbox=never (which ends this warning)."
                 )
                 yield "warning", text
             if trained is None or (camera.width, camera.height) == trained:

@@ -1,5 +1,5 @@
 """What all engines over exported files share: batches, embeddings, step tables and the loop; a runtime only executes stages. And the two for CPUs:
-ONNX Runtime, on any CPU; OpenVINO, the fastest way to run on a CPU, in 8 bits above all.
+ONNX Runtime, on any CPU (on a GPU never executed); OpenVINO, the fastest way to run on a CPU, in 8 bits above all.
 
 OpenVINO runs what `gr00t-fast quantise --target=openvino` makes, and fp32 ONNX exports as they are. What goes in and out of its stages is fp32; the
 number format of the arithmetic (of layers that are not in 8 bits) is chosen when the export is opened.
@@ -11,19 +11,21 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from gr00t_fast.base.errors import ConfigError, EngineError, ObservationError, require
+from gr00t_fast.base.errors import ConfigError, EngineError, ObservationError, install_command, require
 from gr00t_fast.base.measurement import StageTimer, saturates_8_bits
 from gr00t_fast.checkpoint.tensor_file import TensorFile
 from gr00t_fast.engine.eager import PRECISIONS, Continuation, Engine, Inputs, denoise_towards
-from gr00t_fast.engine.manifest import STAGES, Manifest, Target, check_manifest, check_picture, read_manifest, remedy_for
+from gr00t_fast.engine.manifest import STAGES, Manifest, Target, check_manifest, check_picture, read_manifest, remedy_for, varying_sizes
 from gr00t_fast.model import ModelInputs, StepTables
 
 log = logging.getLogger(__name__)
@@ -85,7 +87,8 @@ class ExportedEngine(Engine):
             with timer.stage("vision"):
                 seen = self._call("vision", {"pixel_values": inputs.pixel_values[items]}, "tokens", *self.handed_on["vision"], batch=len(items))
             with timer.stage("language"):
-                embeddings = self._embed([prompts[item] for item in items], inputs.image_positions, seen.pop("tokens"))
+                places = inputs.image_positions if inputs.image_positions.dim() == 1 else inputs.image_positions[items[0]]  # of prompts as long
+                embeddings = self._embed([prompts[item] for item in items], places, seen.pop("tokens"))
                 condition = self._call("language", {"embeddings": embeddings, **seen}, *self.handed_on["language"], batch=len(items))
             with timer.stage("denoise"):
                 fixed = {"state": inputs.state[items], **condition}
@@ -115,11 +118,22 @@ class ExportedEngine(Engine):
             check_picture(self.manifest.shapes, inputs.pixel_values.shape[-2:], None, self._remedy)
         elif inputs.camera_size is not None:
             check_picture(self.manifest.shapes, inputs.frames[0].shape[1:3], inputs.camera_size, self._remedy)
-        if self._image_positions is not None and inputs.image_positions.tolist() != self._image_positions:
+        if self._image_positions is not None and not self._in_their_places(inputs):
             raise EngineError(
                 "the prompt has its pictures in other places than the prompts that this export is made for: another tokenizer (--processor_path)? "
                 f"Run with the one that it was exported with, or run: {self._remedy}"
             )
+
+    def _in_their_places(self, inputs: Inputs) -> bool:
+        """Whether each prompt has its pictures where the graphs have them."""
+        tokens, places = inputs.input_ids.shape[1], np.array(inputs.image_positions.tolist())
+        if isinstance(inputs, ModelInputs):
+            lengths = [tokens] if inputs.prompt_mask is None else inputs.prompt_mask.sum(1).tolist()
+        else:
+            lengths = inputs.lengths
+        built_in = np.array(self._image_positions)
+        expected = built_in + np.array(lengths)[:, None] if built_in[0] < 0 else built_in
+        return places.shape[-1] == len(built_in) and bool((places == expected).all())
 
     def _prompt(self, inputs: ModelInputs, item: int) -> Tensor:
         """Ids (S,) of one item on the CPU, without padding."""
@@ -209,27 +223,32 @@ class OnnxRuntimeEngine(ExportedEngine):
     name = ONNXRUNTIME
 
     def __init__(self, directory: Path, target: Target, device: str, precision: str) -> None:
-        """Check the export, then open it.
+        """Check the export, then open it. device: of a GPU "cuda" or "cuda:1".
 
         Raises MissingExtraError without onnxruntime, EngineError and StaleEngineError for an export that is not whole, not this checkpoint's or
         cannot run here, ConfigError for a device or precision that it does not have.
         """
         ort = require("onnxruntime", "export")
-        _check_device(self.name, device)
+        where = torch.device(device if re.fullmatch(r"cuda(:\d+)?", device) else "cpu")
+        if where.type == "cpu":
+            _check_device(self.name, device)
         remedy = remedy_for(directory, target, "to_onnx.py", f"--precision={'fp32' if precision == 'auto' else precision}")
         manifest = check_manifest(directory, "onnx", target, remedy)
         check_precision(manifest, precision, target.command("to_onnx.py", f"--out={directory}", f"--precision={precision}", "--overwrite"))
         _check_runnable(self.name, manifest, directory, target, ("fp32", "fp16"))
-        super().__init__(OrtStages(ort, directory, manifest, remedy), directory, manifest, remedy)
+        super().__init__(OrtStages(ort, directory, manifest, remedy, where), directory, manifest, remedy)
 
 
 class OrtStages:
-    """A session per stage; torch tensors are read in place."""
+    """A session per stage; torch tensors are read in place. bound: outputs are torch's memory, too, as on a GPU they have to be."""
 
-    device = torch.device("cpu")
-
-    def __init__(self, ort: ModuleType, directory: Path, manifest: Manifest, remedy: str) -> None:
-        """Raises EngineError when ONNX Runtime refuses a file."""
+    def __init__(self, ort: ModuleType, directory: Path, manifest: Manifest, remedy: str, device: torch.device) -> None:
+        """Raises EngineError when ONNX Runtime refuses a file, or takes the CPU in place of the GPU that was asked for, of which it only warns."""
+        self.device, self.bound = device, device.type == "cuda"
+        self._shapes, self._dtype = manifest.shapes, PRECISIONS[manifest.precision]
+        providers: list[Any] = ["CPUExecutionProvider"]
+        if self.bound:
+            providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
         options.log_severity_level = _ERRORS_ONLY
@@ -239,14 +258,35 @@ class OrtStages:
         for stage, file in manifest.stage_files.items():
             path = directory / file
             try:
-                self._sessions[stage] = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+                self._sessions[stage] = ort.InferenceSession(str(path), options, providers=providers)
             except Exception as error:  # its exception classes have no common base
                 advice = f"Install the onnxruntime version that the export names in manifest.json, or run: {remedy}"
                 raise EngineError(f"ONNX Runtime {ort.__version__} cannot open {path}: {error}. {advice}") from error
+            if self.bound and (taken := self._sessions[stage].get_providers()[0]) != "CUDAExecutionProvider":
+                raise EngineError(
+                    f"--device={device}: ONNX Runtime {ort.__version__} takes {taken}, expected CUDAExecutionProvider. In place of onnxruntime "
+                    f"install onnxruntime-gpu for this CUDA: {install_command('onnxruntime_gpu')}. Or use --engine=cuda_graph, or --device=cpu."
+                )
 
     def run_stage(self, stage: str, inputs: Mapping[str, Tensor], wanted: tuple[str, ...], batch: int = 1) -> tuple[Tensor, ...]:
+        if self.bound:
+            return self._run_bound(self._sessions[stage, batch], inputs, wanted)
         arrays = {name: value.detach().numpy() for name, value in inputs.items()}
         return tuple(map(torch.from_numpy, self._sessions[stage, batch].run(wanted, arrays)))
+
+    def _run_bound(self, session: Any, inputs: Mapping[str, Tensor], wanted: tuple[str, ...]) -> tuple[Tensor, ...]:
+        sizes = varying_sizes(self._shapes, inputs["embeddings"].shape[1]) if "embeddings" in inputs else {}
+        shapes = {node.name: [sizes.get(size, size) for size in node.shape] for node in session.get_outputs()}
+        outputs = {name: torch.empty(shapes[name], dtype=self._dtype, device=self.device) for name in wanted}
+        binding, kind = session.io_binding(), torch.empty(0, dtype=self._dtype).numpy().dtype.type
+        for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+            for name, tensor in tensors.items():
+                bind(name, self.device.type, self.device.index or 0, kind, list(tensor.shape), tensor.data_ptr())
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime has a stream of its own
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        return tuple(outputs.values())
 
 
 class OpenVinoEngine(ExportedEngine):

@@ -28,9 +28,11 @@ from torch.nn import functional as F
 
 from gr00t_fast.model import Condition, Gr00t, ModelInputs, StepTables
 from gr00t_fast.model.action_head import DIT_NORM_EPS, OUTPUT_NORM_EPS, ActionHead, euler_step_in_one, integrate, other_positions
+from gr00t_fast.model.config import QwenVisionConfig, Siglip2VisionConfig, VisionConfig
 from gr00t_fast.model.gr00t import prompt_rotary
 from gr00t_fast.model.language import QwenBlock, causal_attention, leaks
 from gr00t_fast.model.layers import PreNormBlock, merge_heads, rotary_tables, split_heads
+from gr00t_fast.model.siglip2 import joined_patches, patches_of
 from gr00t_fast.model.vision import PatchMerger, one_frame_patches, one_frame_weight
 
 
@@ -38,15 +40,15 @@ from gr00t_fast.model.vision import PatchMerger, one_frame_patches, one_frame_we
 class Constants:
     """What is the same for every observation of a shape, with its pictures in the same places of the prompt.
 
-    cos, sin (S, K): of the prompt, sin with the sign of the rotation. N1.7: image_positions (V,) and text_positions (S - V,) in the prompt; of
-    the patches the learnt positions (T, D), cos and sin (T, K).
+    cos, sin (S, K): of the prompt, sin with the sign of the rotation. image_positions (V,), and text_positions (S - V,) where blocks see the text
+    alone. patches: of N1.6 and N1.7 the patches' learnt positions (T, D), and of N1.7 their cos and sin (T, K).
     """
 
     cos: Tensor
     sin: Tensor
     image_positions: Tensor
     text_positions: Tensor | None = None
-    patches: tuple[Tensor, Tensor, Tensor] | None = None
+    patches: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,10 +138,17 @@ class FusedModel(nn.Module):
     @torch.no_grad()
     def constants(self, inputs: ModelInputs) -> Constants:
         """Of the shape of `inputs`, and the places of its pictures."""
-        language, tokens = self.config.language, inputs.input_ids.shape[1]
-        return Constants(
-            *signed(*rotary_tables(tokens, language.head_dim, language.rope_theta, self.language.embedding.weight)), inputs.image_positions
-        )
+        language, tokens, positions = self.config.language, inputs.input_ids.shape[1], inputs.image_positions
+        if language.mrope_sections is None:
+            cos, sin = rotary_tables(tokens, language.head_dim, language.rope_theta, self.language.embedding.weight)
+        else:
+            cos, sin = prompt_rotary(self.config, tokens, positions, inputs.pixel_values.shape[-2:], self.dtype)
+        text = None if self.config.head.attend_text_every is None else other_positions(tokens, positions)
+        return Constants(*signed(cos, sin), positions, text, self._of_patches(inputs.pixel_values))
+
+    def _of_patches(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """`Constants.patches`."""
+        return ()
 
     def step_tables(self, steps: int) -> StepTables:
         """As ActionHead.step_tables; `tau` (N, D) is what the time adds to the second layer of the action encoder, its bias included."""
@@ -158,10 +167,7 @@ class FusedModel(nn.Module):
 
     def encode_language(self, input_ids: Tensor, vision_tokens: Tensor, constants: Constants) -> Tensor:
         """As Gr00t.encode_language: input_ids (B, S) -> (B, S, D)."""
-        return self._decoded(input_ids, vision_tokens, (), constants)
-
-    def _decoded(self, input_ids: Tensor, tokens: Tensor, deepstack: Sequence[Tensor], constants: Constants) -> Tensor:
-        """As LanguageModel.forward, with image tokens (B, V, D) in their places."""
+        tokens, *deepstack = vision_tokens if vision_tokens.dim() == 4 else (vision_tokens,)
         x = self.language.embedding(input_ids).index_copy(1, constants.image_positions, tokens)  # (B, S, D)
         model = self.language
         normed = norm(x, Norm.of(model.blocks[0].norm1))
@@ -265,21 +271,34 @@ class FusedModel(nn.Module):
         self.layer2 = as_linear(head.action_decoder.layer2.weight.t(), head.action_decoder.layer2.bias)
 
 
-class FusedModelN1d7(FusedModel):
-    """N1.7's: another vision tower, positions on three axes, deepstack. The patch embedding reads one frame of a patch: half the product."""
+class FusedSiglip2(FusedModel):
+    """With N1.6's vision tower."""
+
+    def _pack_vision(self) -> None:
+        self.patches = self.vision.patch_embedding
+
+    def _of_patches(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        return (self.vision.positions(*self.vision.grid_of(pixel_values)),)
+
+    def encode_vision(self, pixel_values: Tensor, constants: Constants) -> Tensor:
+        """As Gr00t.encode_vision: (B, C, 3, h, w) -> (B, V, D)."""
+        tower, connector = self.vision, self.vision.connector
+        x = linear(self.patches, patches_of(pixel_values.flatten(0, 1), tower.config.patch_size)) + constants.patches[0]  # (I, T, D)
+        _, normed = self._pre_norm_blocks(x, tower.blocks, tower.norm)
+        joined = joined_patches(normed, *tower.grid_of(pixel_values), tower.config.merge_size)  # (I, V / C, m m D)
+        tokens = linear(connector.down, nn.functional.gelu(linear(connector.up, norm(joined, Norm.of(connector.norm)))))
+        return tokens.reshape(pixel_values.shape[0], -1, tokens.shape[-1])
+
+
+class FusedQwenVision(FusedModel):
+    """With N1.7's vision tower, and deepstack. The patch embedding reads one frame of a patch: half the product."""
 
     def _pack_vision(self) -> None:
         self.patches = as_linear(one_frame_weight(self.vision), self.vision.patch_embedding.bias)
 
-    @torch.no_grad()
-    def constants(self, inputs: ModelInputs) -> Constants:
-        """As FusedModel.constants."""
-        tower, tokens, positions = self.vision, inputs.input_ids.shape[1], inputs.image_positions
-        rows, columns = tower.grid_of(inputs.pixel_values.flatten(0, 1))
-        cos, sin = signed(*prompt_rotary(self.config, tokens, positions, inputs.pixel_values.shape[-2:], self.dtype))
-        patches = (tower.positions(rows, columns), *signed(*tower.rotary(rows, columns, tower.position_embedding.weight)))
-        text = None if self.config.head.attend_text_every is None else other_positions(tokens, positions)
-        return Constants(cos, sin, positions, text, patches)
+    def _of_patches(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        tower, (rows, columns) = self.vision, self.vision.grid_of(pixel_values)
+        return tower.positions(rows, columns), *signed(*tower.rotary(rows, columns, tower.position_embedding.weight))
 
     def encode_vision(self, pixel_values: Tensor, constants: Constants) -> Tensor:
         """As Gr00t.encode_vision: (B, C, 3, h, w) -> (1 + deepstack, B, V, D)."""
@@ -301,15 +320,13 @@ class FusedModelN1d7(FusedModel):
     def _merged(self, merger: PatchMerger, normed: Tensor) -> Tensor:
         return linear(merger.down, nn.functional.gelu(linear(merger.up, normed)))
 
-    def encode_language(self, input_ids: Tensor, vision_tokens: Tensor, constants: Constants) -> Tensor:
-        """As Gr00t.encode_language: input_ids (B, S) -> (B, S, D)."""
-        tokens, *deepstack = vision_tokens
-        return self._decoded(input_ids, tokens, deepstack, constants)
+
+_BY_TOWER: dict[type, type[FusedModel]] = {VisionConfig: FusedModel, Siglip2VisionConfig: FusedSiglip2, QwenVisionConfig: FusedQwenVision}
 
 
 def fused_model(model: Gr00t) -> FusedModel:
-    """Of either network."""
-    return (FusedModelN1d7 if model.config.language.mrope_sections is not None else FusedModel)(model)
+    """Of any network, by its vision tower."""
+    return _BY_TOWER[type(model.config.vision)](model)
 
 
 def signed(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -96,7 +96,8 @@ class Manifest:
     shapes: cameras (pictures per observation: several times of a camera count apart), picture (their height and width), camera_size (width and
         height of the cameras that it was made for, where they decide that), image_tokens, max_tokens
         (most prompt tokens, image tokens included), prompt_buckets (usual prompt lengths, ascending), horizon, action_dim, state_dim; and for graphs
-        that have the places of the pictures' tokens built in image_spans: of each picture its first token's place and the one behind its last's.
+        that have the places of the pictures' tokens built in image_spans: of each picture its first token's place and the one behind its last's,
+        both negative where they count from the prompt's end.
     denoising_steps: step counts that the tables cover.
     stages: stage -> {"file": name, "inputs": {name: shape}, "outputs": {name: shape}}; a size that varies is the text "tokens" or "text_tokens".
     files: name -> {"bytes": int, "sha256": text}, every file of the export but this one.
@@ -134,6 +135,14 @@ class Manifest:
 def varying_sizes(shapes: Mapping[str, Any], prompt_tokens: int) -> dict[str, int]:
     """What stands for the names in shapes of `Manifest.stages`, for a prompt of that length. shapes: of the manifest."""
     return {TOKENS: prompt_tokens, TEXT_TOKENS: prompt_tokens - shapes.get("image_tokens", 0)}
+
+
+def least_tokens(spans: Sequence[Sequence[int]] | None, image_tokens: int) -> int:
+    """Of the shortest prompt: at least one token of text (two beside pictures in known places, which exporters need for a size that varies). spans:
+    `image_spans` of the manifest's shapes."""
+    if not spans:
+        return image_tokens + 1
+    return 2 + (spans[-1][1] if spans[0][0] >= 0 else -spans[0][0])
 
 
 def describe_files(directory: Path, digests: Digests | None = None) -> dict[str, dict[str, Any]]:

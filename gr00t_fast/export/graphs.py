@@ -6,8 +6,8 @@
 
 `graphs_of` puts them together as a network asks for it. N1.7's vision has a second output, `deepstack`, which its language takes besides; and where
 blocks see text or pictures alone, keys and values are `text_keys`, `text_values`, `image_keys` and `image_values`. What goes out under a name that a
-later stage takes is for it. Pictures come before the instruction, so their tokens have the same places in every prompt: those are built in, and with
-them each token's position.
+later stage takes is for it. Where pictures come before the instruction, their tokens have the same places in every prompt, and behind it (N1.6) the
+same places from its end: those are built in, and with them each token's position.
 
 One observation per call, or a fixed number of them (`Layout.batch`) with prompts of one length. The same numbers as `gr00t_fast.model` up to
 rounding; what differs, and why:
@@ -36,12 +36,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gr00t_fast.engine.fused import FoldedEncoder, folded_decoder
-from gr00t_fast.engine.manifest import TEXT_TOKENS, TOKENS
+from gr00t_fast.engine.manifest import TEXT_TOKENS, TOKENS, least_tokens
 from gr00t_fast.model import Condition, Gr00t, ModelInputs, StepTables
 from gr00t_fast.model.action_head import DIT_NORM_EPS, OUTPUT_NORM_EPS, Context, context_of, euler_step
-from gr00t_fast.model.config import ModelConfig, QwenVisionConfig
+from gr00t_fast.model.config import ModelConfig, QwenVisionConfig, Siglip2VisionConfig, VisionConfig
 from gr00t_fast.model.gr00t import prompt_rotary
 from gr00t_fast.model.layers import Rotary, SelfAttention, merge_heads, rotary_tables, rotate, split_heads
+from gr00t_fast.model.siglip2 import joined_patches, patches_of
 from gr00t_fast.model.vision import one_frame_patches, one_frame_weight
 
 _MASKED = -30000.0  # added to a score, its exponential is 0 in every format; finite in fp16, and for tools that measure ranges
@@ -51,8 +52,8 @@ _MASKED = -30000.0  # added to a score, its exponential is 0 in every format; fi
 class Layout:
     """What all prompts of an export have in common: so many pictures of height x width pixels, `image_tokens` together, and `max_tokens` at most.
 
-    spans: of each picture the place of its first token and the one behind its last, for networks that these make a difference to; else empty.
-    batch: observations of a call.
+    spans: of each picture the place of its first token and the one behind its last, for networks that these make a difference to; else empty. Both
+    are negative where they count from the prompt's end. batch: observations of a call.
     """
 
     pictures: int
@@ -72,8 +73,8 @@ class Layout:
 
     @property
     def least_tokens(self) -> int:
-        """Of the shortest prompt: at least one token of text (behind pictures in known places two, which exporters need for a size that varies)."""
-        return self.spans[-1][1] + 2 if self.spans else self.image_tokens + 1
+        """Of the shortest prompt."""
+        return least_tokens(self.spans, self.image_tokens)
 
 
 def needs_spans(config: ModelConfig) -> bool:
@@ -202,6 +203,29 @@ class QwenVisionGraph(nn.Module):
                 deepstack.append(_of_each(self.deepstack_mergers[len(deepstack)](x), batch))  # (1, V, width of the language model)
         tokens = _of_each(self.merger(x), batch)  # (1, V, width of the language model)
         return (tokens, torch.cat(deepstack)) if deepstack else tokens
+
+
+class Siglip2Graph(nn.Module):
+    """pixel_values (1, C, 3, h, w) -> tokens (1, V, width of the language model)."""
+
+    def __init__(self, model: Gr00t, layout: Layout) -> None:
+        super().__init__()
+        tower, self.config = model.vision, model.vision.config
+        self.grid = layout.height // self.config.patch_size, layout.width // self.config.patch_size
+        self.position_embedding = nn.Parameter(tower.positions(*self.grid), requires_grad=False)  # (T, D), interpolated
+        make_exportable(tower)
+        self.patch_embedding, self.blocks, self.norm, self.connector = tower.patch_embedding, tower.blocks, tower.norm, tower.connector
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        batch = pixel_values.shape[0]
+        pictures = pixel_values[0] if batch == 1 else pixel_values.flatten(0, 1)
+        x = self.patch_embedding(patches_of(pictures, self.config.patch_size)) + self.position_embedding  # (C, T, D)
+        for block in self.blocks:
+            x = block(x)
+        return _of_each(self.connector(joined_patches(self.norm(x), *self.grid, self.config.merge_size)), batch)
+
+
+_VISION_GRAPHS: dict[type, type[nn.Module]] = {VisionConfig: VisionGraph, QwenVisionConfig: QwenVisionGraph, Siglip2VisionConfig: Siglip2Graph}
 
 
 def _of_each(x: Tensor, batch: int) -> Tensor:
@@ -406,13 +430,12 @@ def graphs_of(config: ModelConfig) -> dict[str, GraphSpec]:
     """The graphs of a network, in the order of execution."""
     crossing = crossing_blocks(config)
     keys_values = tuple(name for context in crossing for name in KEYS_VALUES[context])
-    is_qwen = isinstance(config.vision, QwenVisionConfig)
-    deepstack = ("deepstack",) if is_qwen and config.vision.deepstack else ()
+    deepstack = ("deepstack",) if getattr(config.vision, "deepstack", ()) else ()
     projections = tuple(f"head.dit.blocks.{index}.attention.kv." for indices in crossing.values() for index in indices)
     encoders = ("head.state_encoder.", "head.action_encoder.", "head.action_decoder.", "head.position_embedding.", "head.future_tokens.")
     refining = ("head.vlln.", "head.vl_blocks.")
     return {
-        "vision": GraphSpec(QwenVisionGraph if is_qwen else VisionGraph, ("vision.",), ("pixel_values",), ("tokens", *deepstack)),
+        "vision": GraphSpec(_VISION_GRAPHS[type(config.vision)], ("vision.",), ("pixel_values",), ("tokens", *deepstack)),
         "language": GraphSpec(
             LanguageGraph,
             ("language.blocks.", "language.norm.", *refining, *projections),

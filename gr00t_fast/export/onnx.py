@@ -51,7 +51,7 @@ def export_checkpoint(options: OnnxOptions) -> Manifest:
         policy.expect_cameras(dict.fromkeys(policy.metadata.resolutions, size))
     example = policy.preprocess(policy.example_observation(options.lang_instruction))
     if size is not None and example.camera_size is None:
-        raise ConfigError(f"--camera_size={options.camera_size} is for GR00T N1.7; N1.5 resizes frames of any size to one. Leave it out.")
+        raise ConfigError(f"--camera_size={options.camera_size} is for GR00T N1.6 and N1.7; N1.5 resizes frames of any size to one. Leave it out.")
     usual = example.to(torch.device("cpu"), torch.float32)
     return export_onnx(target, options, usual, command_line(), example.camera_size)
 
@@ -64,7 +64,7 @@ def export_onnx(target: Target, options: OnnxOptions, usual: ModelInputs, comman
     """
     config = target.checkpoint.config
     dtype, steps = PRECISIONS[options.precision], step_counts(options.denoising_steps, config)
-    shapes = shapes_of(config, usual, options.max_text_tokens)
+    shapes = shapes_of(config, usual, options.max_text_tokens, target.checkpoint.network.prompt.images_last)
     if any(not 1 < size <= MAX_BATCH for size in options.batch_sizes):
         raise ConfigError(f"--batch_sizes={','.join(map(str, options.batch_sizes))}: expected whole numbers from 2 to {MAX_BATCH}.")
     flags = [*flags_given(options, "precision", "max_text_tokens", "denoising_steps", "batch_sizes")]
@@ -109,8 +109,8 @@ def export_onnx(target: Target, options: OnnxOptions, usual: ModelInputs, comman
     return manifest
 
 
-def shapes_of(config: ModelConfig, usual: ModelInputs, max_text_tokens: int) -> dict[str, Any]:
-    """`Manifest.shapes`. Raises ConfigError when the usual prompt is longer than the longest."""
+def shapes_of(config: ModelConfig, usual: ModelInputs, max_text_tokens: int, images_last: bool = False) -> dict[str, Any]:
+    """`Manifest.shapes`. images_last: as of PromptForm. Raises ConfigError when the usual prompt is longer than the longest."""
     usual_tokens, images = usual.input_ids.shape[1], len(usual.image_positions)
     most = images + max_text_tokens
     if usual_tokens > most:
@@ -121,7 +121,8 @@ def shapes_of(config: ModelConfig, usual: ModelInputs, max_text_tokens: int) -> 
     buckets = {usual_tokens, most, *(images + text for text in _TEXT_BUCKETS)}
     pictures, _, height, width = usual.pixel_values.shape[1:]
     firsts, per_picture = usual.image_positions.tolist()[:: images // pictures], images // pictures  # each picture's tokens lie together
-    spans = {"image_spans": [[first, first + per_picture] for first in firsts]} if needs_spans(config) else {}
+    origin = usual_tokens if images_last else 0
+    spans = {"image_spans": [[first - origin, first - origin + per_picture] for first in firsts]} if needs_spans(config) else {}
     return {
         "cameras": pictures,
         "picture": [height, width],

@@ -115,13 +115,13 @@ def build_engines(onnx: Path, source: Manifest, options: BuildOptions, command: 
 
 def prompt_profiles(shapes: Mapping[str, Any], max_text_tokens: int | None, one: bool) -> tuple[dict[str, Range], ...]:
     """Ranges of the sizes that vary with the prompt: (shortest, the one to tune for, longest). The shortest prompt is the pictures' tokens and one
-    more, or, where the graphs have the places of the pictures built in, two behind the last one.
+    more, or, where the graphs have the places of the pictures built in, two behind the last one (or before the first).
 
     `one`: a single range tuned for the usual length. TensorRT-RTX compiles for each length when it first meets it, and further ranges only make the
     engine larger (demo network: 7.6 MB with one, 16.8 MB with three). `tensorrt` chooses its kernels now: one range per bucket, and they meet.
     Raises ConfigError when `max_text_tokens` is out of range.
     """
-    from gr00t_fast.engine.manifest import TEXT_TOKENS, TOKENS, varying_sizes
+    from gr00t_fast.engine.manifest import TEXT_TOKENS, TOKENS, least_tokens, varying_sizes
 
     images, exported, spans = shapes["image_tokens"], shapes["max_tokens"], shapes.get("image_spans")
     most = exported if max_text_tokens is None else images + max_text_tokens
@@ -130,7 +130,7 @@ def prompt_profiles(shapes: Mapping[str, Any], max_text_tokens: int | None, one:
             f"--max_text_tokens must be from 1 to {exported - images} (what was exported), got {max_text_tokens}. For longer prompts export again "
             "with a larger --max_text_tokens (gr00t-fast export onnx)."
         )
-    least = spans[-1][1] + 2 if spans else images + 1
+    least = least_tokens(spans, images)
     edges = [*(length for length in sorted(set(shapes["prompt_buckets"])) if least <= length < most), most]
     starts = [least, *(edge + 1 for edge in edges[:-1])]
     prompts = [(least, edges[0], most)] if one else [(start, edge, edge) for start, edge in zip(starts, edges, strict=True)]

@@ -45,7 +45,7 @@ class Camera:
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How a frame becomes the image that the network's processor gets (N1.7, and lerobot's N1.5).
+    """How a frame becomes the image that the network's processor gets (N1.6, N1.7, and lerobot's N1.5).
 
     letterbox: padded to a square first. albumentations: area averaging, crop by `crop_fraction`, shorter side `edge`. squash: lerobot's, whatever
     the frame's shape: bicubic to `edge` x `edge`, crop by `crop_fraction`, bicubic to `target_size`. Else torchvision's bilinear, crop to
@@ -113,8 +113,8 @@ class Embodiment:
 
     data_config: keys, the times that are read, the language key. cameras: key -> what training saw, None where the checkpoint does not say.
     trained_horizon: how many actions can be returned. state_width: padded width of one time. record: what the small files say of it, as it stands
-    there. images, letterbox, formalize_language, exclude_state, action_configs: settings of N1.7. notes: what else a line before the start says.
-    n_action_steps: as of PolicyMetadata.
+    there. images, letterbox, formalize_language, exclude_state, action_configs: settings of N1.6 and N1.7. notes: what else a line before the start
+    says. n_action_steps: as of PolicyMetadata.
     """
 
     tag: str

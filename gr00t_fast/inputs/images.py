@@ -1,16 +1,18 @@
 """From a camera's frame to the image that a network reads: bytes throughout, on the CPU.
 
-N1.5 resizes frames to the training videos' resolution (the crop to 224 x 224 follows on the device). N1.7 pads a frame to a square with black, if
-the checkpoint asks for that; then its shorter side is resized, it is cropped to its centre and resized again; then it is brought to a size that
-Qwen3-VL's image processor accepts. lerobot squashes frames instead. Axis alphabet: B batch, T times, C images (times x cameras, time-major), H and W
-height and width, h and w those of the result.
+N1.5 resizes frames to the training videos' resolution (the crop to 224 x 224 follows on the device). N1.6 and N1.7 pad a frame to a square with
+black, if the checkpoint asks for that; then its shorter side is resized, it is cropped to its centre and resized again; then the image processor of
+Eagle 3 or of Qwen3-VL brings it to a size that it accepts (`LastResize`). lerobot squashes frames instead. Axis alphabet: B batch, T times, C images
+(times x cameras, time-major), H and W height and width, h and w those of the result.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,6 +30,8 @@ Size = tuple[int, int]  # height and width
 EXAMPLE_CAMERA = (640, 480)  # width and height, where a checkpoint does not say what its cameras delivered
 # Qwen3-VL's image processor (preprocessor_config.json of the published one): how many pixels a picture may have.
 _MIN_PIXELS, _MAX_PIXELS = 65_536, 16_777_216
+# Eagle 3's (processing_eagle3_vl.py of N1.6): the same, and the longest side.
+_EAGLE_MIN_PIXELS, _EAGLE_MAX_PIXELS, _EAGLE_MAX_SIDE = 4 * 28 * 28, 4096 * 28 * 28, 7000
 _MAX_ASPECT = 8  # of a frame that is not padded: the longer side by the shorter; a chosen limit, the widest cameras have less than 4
 
 
@@ -83,10 +87,10 @@ class ResizeFrames:
 class FitImages:
     """Frames, one (B, T, H, W, 3) for each camera -> C images (B, h, w, 3), all of one size, which that of the frames decides."""
 
-    def __init__(self, embodiment: Embodiment, multiple: int, by_qwen: bool = True) -> None:
-        """multiple: pixels per side of a token. by_qwen: whether Qwen3-VL's image processor has the last word on the size; else it is that of
-        `view`, whatever the frames are."""
-        self._settings, self._multiple, self._by_qwen, self._may_pad = embodiment.images, multiple, by_qwen, embodiment.letterbox is not None
+    def __init__(self, embodiment: Embodiment, multiple: int, last: LastResize | None) -> None:
+        """multiple: pixels per side of a token. last: the image processor that has the last word on the size; None: it is that of `view`, whatever
+        the frames are."""
+        self._settings, self._multiple, self._last, self._may_pad = embodiment.images, multiple, last, embodiment.letterbox is not None
         self._expected = dict.fromkeys(embodiment.data_config.video_keys, EXAMPLE_CAMERA)
 
     def __call__(self, observation: CheckedObservation) -> dict[str, Any]:
@@ -95,10 +99,11 @@ class FitImages:
         height, width = cameras[0].shape[2:4]
         times = range(cameras[0].shape[1])
         images = [np.stack([self._picture(item[time]) for item in frames]) for time in times for frames in cameras]
-        return {"frames": images, **({"camera_size": (width, height)} if self._by_qwen else {})}
+        return {"frames": images, **({"camera_size": (width, height)} if self._last else {})}
 
     def _picture(self, frame: np.ndarray) -> np.ndarray:
-        return picture(frame, self._settings, self._multiple) if self._by_qwen else view(frame, self._settings)
+        made = view(frame, self._settings)
+        return self._last(made, self._multiple) if self._last else made
 
     def tokens(self, observation: CheckedObservation) -> int:
         return self.tokens_of(self._size_in(observation))
@@ -131,7 +136,7 @@ class FitImages:
                 + ("; or, if it was trained on padded pictures, say --letterbox=always." if self._may_pad else ".")
             )
         size = next(iter(views.values()))
-        return accepted_size(*size, self._multiple) if self._by_qwen else size
+        return self._last.size(*size, self._multiple) if self._last else size
 
     def __repr__(self) -> str:
         return f"FitImages({self._settings})"
@@ -141,10 +146,17 @@ def _sizes(frames: Mapping[str, Size]) -> str:
     return ", ".join(f"{key.removeprefix('video.')} {width}x{height}" for key, (height, width) in frames.items())
 
 
-def picture(frame: np.ndarray, settings: ImageSettings, multiple: int) -> np.ndarray:
-    """uint8 (H, W, 3) RGB -> uint8 (h, w, 3), both sides multiples of `multiple`."""
-    made = view(frame, settings)
-    return _interpolated(made, accepted_size(*made.shape[:2], multiple), "bicubic")
+@dataclass(frozen=True)
+class LastResize:
+    """How a network's image processor resizes what it gets. size: height, width and the multiple that both are to be of -> height and width.
+    resized: uint8 (H, W, 3) and (h, w) -> uint8 (h, w, 3)."""
+
+    size: Callable[[int, int, int], Size]
+    resized: Callable[[np.ndarray, Size], np.ndarray]
+
+    def __call__(self, image: np.ndarray, multiple: int) -> np.ndarray:
+        """uint8 (H, W, 3) RGB -> uint8 (h, w, 3), both sides multiples of `multiple`."""
+        return self.resized(image, self.size(*image.shape[:2], multiple))
 
 
 def view(frame: np.ndarray, settings: ImageSettings) -> np.ndarray:
@@ -171,6 +183,18 @@ def accepted_size(height: int, width: int, multiple: int) -> Size:
         return tuple(max(multiple, math.floor(side / scale / multiple) * multiple) for side in (height, width))
     if math.prod(rounded) < _MIN_PIXELS:
         scale = math.sqrt(_MIN_PIXELS / (height * width))
+        return tuple(math.ceil(side * scale / multiple) * multiple for side in (height, width))
+    return rounded
+
+
+def eagle_size(height: int, width: int, multiple: int) -> Size:
+    """Eagle 3's `smart_resize`: as Qwen's, with other bounds, and too many pixels are counted once the sides are rounded."""
+    rows, columns = rounded = tuple(min(max(multiple, round(side / multiple) * multiple), _EAGLE_MAX_SIDE) for side in (height, width))
+    if rows * columns > _EAGLE_MAX_PIXELS:
+        scale = math.sqrt(rows * columns / _EAGLE_MAX_PIXELS)
+        return tuple(math.floor(side / scale / multiple) * multiple for side in rounded)
+    if rows * columns < _EAGLE_MIN_PIXELS:
+        scale = math.sqrt(_EAGLE_MIN_PIXELS / (height * width))
         return tuple(math.ceil(side * scale / multiple) * multiple for side in (height, width))
     return rounded
 
@@ -239,6 +263,52 @@ def _interpolated(image: np.ndarray, size: Size, mode: str) -> np.ndarray:
         return image
     x = torch.from_numpy(np.require(image, requirements=("C", "W"))).permute(2, 0, 1)[None]  # (1, 3, H, W)
     return F.interpolate(x, size=size, mode=mode, align_corners=False, antialias=True)[0].permute(1, 2, 0).contiguous().numpy()  # (h, w, 3)
+
+
+_PILLOW_BITS = 22  # of a weight's fraction; sums of bytes times weights fit in 32 bits
+
+
+def pillow_bicubic(image: np.ndarray, size: Size) -> np.ndarray:
+    """uint8 (H, W, 3) -> uint8 (h, w, 3), as Pillow's resize does it (Resample.c), in its whole numbers: each row first, rounded to bytes, then each
+    column. torch's kernel is the same, but its rounding is not. Pillow 13 takes columns first where that is less work; NVIDIA's N1.6 pins 12.1.1."""
+    turned = _pillow_rows(image.transpose(1, 0, 2), size[1])  # (w, H, 3)
+    return np.ascontiguousarray(_pillow_rows(turned.transpose(1, 0, 2), size[0]))
+
+
+def _pillow_rows(image: np.ndarray, want: int) -> np.ndarray:
+    """(H, W, 3) -> uint8 (want, W, 3). In place where possible: a fresh megabyte costs more than what is computed in it."""
+    if len(image) == want:
+        return image
+    places, weights = _pillow_weights(len(image), want)
+    source = image.astype(np.int32, order="C").reshape(len(image), -1)
+    total = np.full((want, source.shape[1]), 1 << (_PILLOW_BITS - 1), np.int32)
+    part = np.empty_like(total)
+    for place, weight in zip(places, weights, strict=True):
+        np.take(source, place, 0, out=part, mode="clip")
+        part *= weight[:, None]
+        total += part
+    total >>= _PILLOW_BITS
+    return total.clip(0, 255).astype(np.uint8).reshape(want, *image.shape[1:])
+
+
+@functools.lru_cache(maxsize=64)
+def _pillow_weights(have: int, want: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of each of `want` pixels the pixels of `have` that it is made of, int (taps, want), and their weights, int32 (taps, want)."""
+    scale = have / want
+    spread = max(scale, 1.0)
+    centre = (np.arange(want) + 0.5) * scale
+    first = (centre - 2 * spread + 0.5).astype(int).clip(min=0)
+    behind = (centre + 2 * spread + 0.5).astype(int).clip(max=have)
+    places = first + np.arange((behind - first).max())[:, None]  # (taps, want)
+    x = np.abs((places - centre + 0.5) / spread)
+    weights = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, np.where(x < 2, (((x - 5) * x + 8) * x - 4) * -0.5, 0.0))
+    weights = np.where(places < behind, weights, 0.0)
+    whole = weights / functools.reduce(np.add, weights) * (1 << _PILLOW_BITS)  # one tap after the other, as Pillow adds them
+    return places.clip(max=have - 1), np.trunc(whole + np.copysign(0.5, whole)).astype(np.int32)
+
+
+BY_QWEN = LastResize(accepted_size, lambda image, size: _interpolated(image, size, "bicubic"))
+BY_EAGLE = LastResize(eagle_size, pillow_bicubic)
 
 
 def to_trained_size(frames: np.ndarray, width: int, height: int) -> np.ndarray:

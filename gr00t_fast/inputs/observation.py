@@ -48,7 +48,7 @@ class CheckedObservation:
 
 
 def parse_observation(observation: Mapping[str, Any], config: DataConfig, state_widths: Mapping[str, int]) -> CheckedObservation:
-    """Check and convert; NVIDIA's nested form of N1.7 and lerobot's too. Raises ObservationError that names the key, what was expected, and what
+    """Check and convert; NVIDIA's nested form and lerobot's too. Raises ObservationError that names the key, what was expected, and what
     came."""
     if not isinstance(observation, Mapping):
         raise ObservationError(f"observation: expected a dict of arrays by key, got {type(observation).__name__}.")

@@ -29,10 +29,11 @@ class PolicyInputs:
     """One batch on the host, checked and transformed; no tensor is made yet.
 
     frames: one uint8 (B, H, W, 3) per image, of the size that the network's pixels are made from; input_ids int64 (B, S), padded on the right;
-    lengths int64 (B,); image_positions int64 (V,), the same in every prompt because images come first; state float32 (B, P), normalised. to_pixels:
-    what makes the network's pixels, fp32 (B, 3, h, w) in [-1, 1], of frames on their device. batched: whether the observation was. joined: whether
-    it was in lerobot's form, and one `action` is the answer. raw_state: `state.<part>` (B, T, D) as observed, which relative actions count from.
-    camera_size: width and height of the first camera's frames, where they decide the size of the images.
+    lengths int64 (B,); image_positions int64 (V,) where they are the same in every prompt, else (B, V), because images come behind texts of unequal
+    length; state float32 (B, P), normalised. to_pixels: what makes the network's pixels, fp32 (B, 3, h, w) in [-1, 1], of frames on their device.
+    batched: whether the observation was. joined: whether it was in lerobot's form, and one `action` is the answer. raw_state: `state.<part>` (B, T,
+    D) as observed, which relative actions count from. camera_size: width and height of the first camera's frames, where they decide the size of the
+    images.
     """
 
     frames: Sequence[np.ndarray]
@@ -59,22 +60,26 @@ class PolicyInputs:
         one, tokens = slice(index, index + 1), int(self.lengths[index])
         frames = [frames[one] for frames in self.frames]
         raw_state = {key: values[one] for key, values in self.raw_state.items()}
+        positions = self.image_positions if self.image_positions.ndim == 1 else self.image_positions[index]
         given = {"input_ids": self.input_ids[one, :tokens], "lengths": self.lengths[one], "state": self.state[one], "raw_state": raw_state}
+        given |= {"image_positions": positions}
         return replace(self, frames=frames, **given)
 
     @staticmethod
     def together(parts: Sequence[PolicyInputs]) -> PolicyInputs:
-        """Several as one batch, in their order. Raises ObservationError for pictures that differ in size, number or place."""
+        """Several as one batch, in their order. Raises ObservationError for pictures that differ in size or number."""
         first = parts[0]
-        forms = [([view.shape[1:] for view in part.frames], part.camera_size, part.image_positions.tolist()) for part in parts]
+        forms = [([view.shape[1:] for view in part.frames], part.camera_size, part.image_positions.shape[-1]) for part in parts]
         if any(form != forms[0] for form in forms):
             raise ObservationError("observations of one batch: expected pictures of the same number and size in each, got different ones.")
+        places = [np.broadcast_to(part.image_positions, (part.batch, part.image_positions.shape[-1])) for part in parts]
         longest = max(part.input_ids.shape[1] for part in parts)
         return replace(
             first,
             frames=[np.concatenate(views) for views in zip(*(part.frames for part in parts), strict=True)],
             input_ids=np.concatenate([np.pad(part.input_ids, ((0, 0), (0, longest - part.input_ids.shape[1]))) for part in parts]),
             lengths=np.concatenate([part.lengths for part in parts]),
+            image_positions=_shared(np.concatenate(places)),
             state=np.concatenate([part.state for part in parts]),
             raw_state={key: np.concatenate([part.raw_state[key] for part in parts]) for key in first.raw_state},
         )
@@ -96,7 +101,7 @@ class Transform(Protocol):
 
 
 class EncodePrompts:
-    """Instructions -> ids (B, S) padded on the right, lengths (B,), places of the image tokens (V,)."""
+    """Instructions -> ids (B, S) padded on the right, lengths (B,), places of the image tokens (V,) or (B, V)."""
 
     def __init__(self, prompts: PromptEncoder, image_tokens: Callable[[CheckedObservation], int]) -> None:
         """image_tokens: of one image."""
@@ -109,11 +114,16 @@ class EncodePrompts:
         padded = np.zeros((len(encoded), lengths.max()), dtype=np.int64)
         for row, ids in zip(padded, encoded, strict=True):
             row[: len(ids)] = ids
-        # images precede the instruction: their places are the same for every item
-        return {"input_ids": padded, "lengths": lengths, "image_positions": np.flatnonzero(encoded[0] == self._prompts.image_token_id)}
+        places = np.stack([np.flatnonzero(ids == self._prompts.image_token_id) for ids in encoded])
+        return {"input_ids": padded, "lengths": lengths, "image_positions": _shared(places)}
 
     def __repr__(self) -> str:
         return f"EncodePrompts(style={self._prompts.style!r})"
+
+
+def _shared(places: np.ndarray) -> np.ndarray:
+    """(B, V) -> (V,) where all rows are equal, as where images precede the instruction."""
+    return places[0] if (places == places[0]).all() else places
 
 
 class NormaliseState:

@@ -1,7 +1,7 @@
 """From an instruction to token ids, exactly as the reference's processor renders and tokenises it.
 
-A chat template puts the images first, each as a block of image tokens, then the instruction; each network has its own (`PromptForm`). The tokenizer
-is Qwen2's byte-level BPE in all; the `tokenizers` library runs it without the seconds that importing transformers costs.
+A chat template puts the instruction, and each image as a block of image tokens, into a conversation; each network has its own (`PromptForm`). The
+tokenizer is Qwen2's byte-level BPE in all; the `tokenizers` library runs it without the seconds that importing transformers costs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class PromptForm:
 
     render: instruction, number of images, tokens of each -> text. lists_texts: whether NVIDIA's robot clients make it read the printed list of the
     instruction (style `nvidia`). folders: where the tokenizer's files lie below a checkpoint, "" for the checkpoint itself; installed: the folder
-    below NVIDIA's gr00t package that has them too; hub: the repository that has them; whose: the model they are of.
+    below NVIDIA's gr00t package that has them too; hub: the repository that has them; whose: the model they are of. place_holder: regular expression
+    of what the reference would replace by a picture wherever it stands, and an instruction must not hold. images_last: images come behind the
+    instruction, so that their places count from the prompt's end; else before it.
     """
 
     image_token: str
@@ -43,6 +45,8 @@ class PromptForm:
     hub: str
     whose: str
     installed: str = ""
+    place_holder: str = ""
+    images_last: bool = False
 
 
 class PromptEncoder:
@@ -89,10 +93,12 @@ class PromptEncoder:
         return ids
 
     def text(self, instruction: str, image_tokens: int, brackets: int = 1) -> str:
-        """What the network reads."""
+        """What the network reads. Raises ObservationError for an instruction that holds what stands for a picture."""
         if self.style == "nvidia" and self._form.lists_texts:
             instruction = str(np.array(instruction).reshape((1,) * brackets))
         words = re.sub(r"[^\w\s]", "", instruction.lower()) if self._formalize else instruction
+        if self._form.place_holder and (found := re.search(self._form.place_holder, words)):
+            raise ObservationError(f"the instruction contains '{found[0]}', which stands for a picture; remove it.")
         return self._form.render(words, self._images, image_tokens)
 
 

@@ -1,8 +1,8 @@
 """The diffusion transformer: velocity of the action tokens, given the robot's state and the vision-language tokens.
 
-Even blocks attend to vision-language tokens, odd blocks to the sequence itself. In N1.5 an even block attends to all of them, in N1.7 to the text or
-to the pictures. The time enters through AdaLN (Peebles & Xie 2023) and is known before any observation comes: `modulation` is tabulated for all steps
-ahead of the loop.
+Even blocks attend to vision-language tokens, odd blocks to the sequence itself. In N1.5 an even block attends to all of them, in N1.6 and N1.7 to the
+text or to the pictures. The time enters through AdaLN (Peebles & Xie 2023) and is known before any observation comes: `modulation` is tabulated for
+all steps ahead of the loop.
 Axis alphabet: B batch, T tokens (1 state + future + H actions), S vision-language tokens, D width.
 """
 
@@ -26,6 +26,7 @@ from gr00t_fast.model.layers import (
     SelfAttention,
     position_frequencies,
     sinusoid,
+    take_rows,
     timestep_frequencies,
 )
 
@@ -200,10 +201,11 @@ class ActionHead(nn.Module):
         return x
 
     def condition(self, vl_features: Tensor, state: Tensor, key_mask: Tensor | None = None, image_positions: Tensor | None = None) -> Condition:
-        """Once per observation: vl_features (B, S, C), state (B, state_dim). image_positions (V,): needed where blocks see text or pictures alone."""
+        """Once per observation: vl_features (B, S, C), state (B, state_dim). image_positions (V,) or (B, V): needed where blocks see text or pictures
+        alone."""
         cross = self.dit.cross_keys_values(self.contexts(vl_features, image_positions))
         if key_mask is not None and self.config.attend_text_every is not None:
-            key_mask = key_mask.index_select(-1, other_positions(vl_features.shape[1], image_positions))
+            key_mask = take_rows(key_mask[:, 0, 0, :, None], other_positions(vl_features.shape[1], image_positions))[:, None, None, :, 0]
         return Condition(self.prefix(state), cross, key_mask)
 
     def contexts(self, vl_features: Tensor, image_positions: Tensor | None) -> dict[Context, Tensor]:
@@ -211,7 +213,7 @@ class ActionHead(nn.Module):
         if self.config.attend_text_every is None:
             return {"all": vl_features}
         text_positions = other_positions(vl_features.shape[1], image_positions)
-        return {"text": vl_features.index_select(1, text_positions), "image": vl_features.index_select(1, image_positions)}
+        return {"text": take_rows(vl_features, text_positions), "image": take_rows(vl_features, image_positions)}
 
     def prefix(self, state: Tensor) -> Tensor:
         """state (B, state_dim) -> the tokens before the actions (B, 1 + F, D)."""
@@ -240,6 +242,7 @@ class ActionHead(nn.Module):
 
 
 def other_positions(tokens: int, positions: Tensor) -> Tensor:
-    """int64 (tokens - V,): those of 0, 1, ... tokens - 1 that are not among positions (V,), in order; without waiting for a GPU."""
-    taken = torch.zeros(tokens, dtype=torch.int32, device=positions.device).index_fill(0, positions, 1)
-    return torch.argsort(taken, stable=True)[: tokens - positions.shape[0]]
+    """int64 (tokens - V,): those of 0, 1, ... tokens - 1 that are not among positions (V,), in order; of positions (B, V) those of each,
+    (B, tokens - V). Without waiting for a GPU."""
+    taken = torch.zeros((*positions.shape[:-1], tokens), dtype=torch.int32, device=positions.device).scatter(-1, positions, 1)
+    return torch.argsort(taken, dim=-1, stable=True)[..., : tokens - positions.shape[-1]]

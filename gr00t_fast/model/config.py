@@ -70,6 +70,26 @@ class QwenVisionConfig:
 
 
 @dataclass(frozen=True)
+class Siglip2VisionConfig:
+    """SigLIP-2 tower for pictures of any size, and the two-layer connector behind it, which joins patches."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    patch_size: int
+    grid: int  # learnt positions per side
+    layer_norm_eps: float
+    merge_size: int = 2  # patches per side that become one token
+    image_size = None  # pictures of any size that is a multiple of `token_side`
+
+    @property
+    def token_side(self) -> int:
+        """Pixels per side of what becomes one token."""
+        return self.patch_size * self.merge_size
+
+
+@dataclass(frozen=True)
 class TransformerConfig:
     """Width and depth of the diffusion transformer, or of the self-attention over vision-language tokens."""
 
@@ -102,10 +122,13 @@ class ActionHeadConfig:
     attend_text_every: int | None = None  # one in so many cross-attending blocks sees the text, the others the pictures; None: each sees all
 
 
+AnyVisionConfig = VisionConfig | QwenVisionConfig | Siglip2VisionConfig
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Everything that decides a tensor's shape. The kind of `vision` tells the tower."""
 
-    vision: VisionConfig | QwenVisionConfig
+    vision: AnyVisionConfig
     language: LanguageConfig
     head: ActionHeadConfig

@@ -4,9 +4,9 @@
     prompt ids -> embedding ---------------------> LanguageModel -> ActionHead.refine -> ActionHead.condition -> denoise -> actions
     state ------------------------------------------------------------------------------/
 
-N1.7 has another vision tower than N1.5, positions of the prompt's tokens on three axes (`mrope_sections`), image features added behind the language
-model's first layers (deepstack), features before its final norm (`final_norm`), and a diffusion transformer whose blocks see the text or the pictures
-(`attend_text_every`).
+N1.6 has another vision tower than N1.5, its pictures come behind the text, and a diffusion transformer whose blocks see the text or the pictures
+(`attend_text_every`). N1.7 has a third tower, positions of the prompt's tokens on three axes (`mrope_sections`), image features added behind the
+language model's first layers (deepstack), features before its final norm (`final_norm`), and N1.6's transformer.
 Axis alphabet: B batch, C pictures (cameras x times), S prompt tokens (image tokens included), V image tokens in a prompt, H horizon,
 A padded action width, D width.
 """
@@ -20,20 +20,21 @@ import torch
 from torch import Tensor, nn
 
 from gr00t_fast.model.action_head import ActionHead, StepTables
-from gr00t_fast.model.config import ModelConfig, QwenVisionConfig, VisionConfig
+from gr00t_fast.model.config import ModelConfig, QwenVisionConfig, Siglip2VisionConfig, VisionConfig
 from gr00t_fast.model.language import LanguageModel, mrope_tables, prompt_positions
-from gr00t_fast.model.layers import Rotary
+from gr00t_fast.model.layers import Rotary, put_rows
+from gr00t_fast.model.siglip2 import Siglip2Tower
 from gr00t_fast.model.vision import QwenVisionTower, VisionTower, pixels_of
 
-_TOWERS = {VisionConfig: VisionTower, QwenVisionConfig: QwenVisionTower}
+_TOWERS = {VisionConfig: VisionTower, QwenVisionConfig: QwenVisionTower, Siglip2VisionConfig: Siglip2Tower}
 
 
 @dataclass(frozen=True)
 class ModelInputs:
     """One batch, on the model's device, floats in the model's dtype.
 
-    pixel_values (B, C, 3, h, w) in [-1, 1]; input_ids int64 (B, S); image_positions int64 (V,), the places of the image tokens,
-    the same in every prompt because pictures come first; state (B, state_dim);
+    pixel_values (B, C, 3, h, w) in [-1, 1]; input_ids int64 (B, S); image_positions int64 (V,), the places of the image tokens in all prompts,
+    or (B, V) where pictures come behind texts of unequal length; state (B, state_dim);
     prompt_mask bool (B, S), False on padding, or None when all prompts are equally long.
     """
 
@@ -98,7 +99,7 @@ class Gr00t(nn.Module):
     def encode_language(self, inputs: ModelInputs, vision_tokens: Tensor) -> Tensor:
         """Put the image tokens in their places in the prompt and run the decoder: -> backbone features (B, S, D)."""
         tokens, *deepstack = vision_tokens if vision_tokens.dim() == 4 else (vision_tokens,)
-        embeddings = self.language.embedding(inputs.input_ids).index_copy(1, inputs.image_positions, tokens)  # (B, S, D)
+        embeddings = put_rows(self.language.embedding(inputs.input_ids), inputs.image_positions, tokens)  # (B, S, D)
         return self.language(embeddings, self.rotary(inputs), deepstack, inputs.image_positions)
 
     def forward(self, inputs: ModelInputs, noise: Tensor, tables: StepTables) -> Tensor:

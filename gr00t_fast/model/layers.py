@@ -24,6 +24,16 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).reshape(b, t, n * k)  # (B, T, D)
 
 
+def put_rows(x: Tensor, places: Tensor, rows: Tensor) -> Tensor:
+    """x (B, S, D) with rows (B, V, D) at places (V,), or (B, V) where each item has its own."""
+    return x.index_copy(1, places, rows) if places.dim() == 1 else x.scatter(1, places.unsqueeze(-1).expand_as(rows), rows)
+
+
+def take_rows(x: Tensor, places: Tensor) -> Tensor:
+    """The rows (B, V, D) of x (B, S, D) at places (V,), or (B, V) where each item has its own."""
+    return x.index_select(1, places) if places.dim() == 1 else x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention with biases and one fused projection (vision towers, vision-language blocks, odd DiT blocks)."""
 

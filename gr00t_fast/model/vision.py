@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gr00t_fast.model.config import QwenVisionConfig, VisionConfig
+from gr00t_fast.model.config import AnyVisionConfig, QwenVisionConfig, VisionConfig
 from gr00t_fast.model.layers import PreNormBlock, Rotary, rotary_frequencies, tables_of
 
 _PIXEL_MEAN = 127.5  # mean and deviation of Eagle's image processor, 0.5 of 255, folded as its fast path does: another order rounds differently
@@ -61,7 +61,7 @@ class VisionTower(nn.Module):
 _ROTARY_THETA = 10_000.0
 
 
-def pixels_of(config: VisionConfig | QwenVisionConfig) -> Callable[[Tensor], Tensor]:
+def pixels_of(config: AnyVisionConfig) -> Callable[[Tensor], Tensor]:
     """What makes a tower's pixels, fp32 (B, 3, h, w) in [-1, 1], of uint8 (B, H, W, 3) on their device."""
     if config.image_size is None:
         return picture_values

@@ -411,7 +411,7 @@ LEROBOT_N1D5 = replace(
     model_type=_PACK_N1D5,
     read_config=_whole_frames,
     read_files=read_files,
-    images=lambda embodiment, config: FitImages(embodiment, config.vision.token_side, by_qwen=False),
+    images=lambda embodiment, config: FitImages(embodiment, config.vision.token_side, last=None),
     prompt=replace(N1D5.prompt, render=_render, lists_texts=False),
     download=(*_FILES, "eagle2_hg_model/*"),
     config_of=_config_of(n1d5.PUBLISHED_CONFIG),

@@ -311,7 +311,7 @@ def _part(key: str, config: DataConfig, statistics: Statistics, unsupported: str
 
 def read_files(path: Path, config: Mapping[str, Any], sizes: ModelConfig, letterbox: str) -> MetadataFile:
     if letterbox != "auto":
-        raise ConfigError(f"letterbox '{letterbox}' is for GR00T N1.7; {path} is a GR00T N1.5 checkpoint. Leave --letterbox out.")
+        raise ConfigError(f"letterbox '{letterbox}' is for GR00T N1.6 and N1.7; {path} is a GR00T N1.5 checkpoint. Leave --letterbox out.")
     return MetadataFile(read_object(path / METADATA_FILE, nan=True), sizes)
 
 
@@ -373,5 +373,5 @@ N1D5 = NetworkSpec(
     reference_inputs=reference_inputs,
     download=(METADATA_FILE, "eagle2_hg_model/*"),
     fixed_images=True,
-    nested=False,
+    protocol="n1.5",
 )

@@ -25,7 +25,7 @@ from gr00t_fast.base.errors import CheckpointError, ConfigError, closest, shown
 from gr00t_fast.base.files import parse_json, read_text
 from gr00t_fast.inputs.data_config import DataConfig
 from gr00t_fast.inputs.embodiment import STATISTICS, Arithmetic, Embodiment, ImageSettings, Part, Statistics, check_std, part_statistics
-from gr00t_fast.inputs.images import FitImages
+from gr00t_fast.inputs.images import BY_QWEN, FitImages
 from gr00t_fast.inputs.processor import PolicyInputs, left_padded
 from gr00t_fast.inputs.prompt import PromptForm
 from gr00t_fast.model.config import ActionHeadConfig, LanguageConfig, ModelConfig, QwenVisionConfig, TransformerConfig
@@ -108,7 +108,7 @@ _COMPUTED: dict[str, tuple[Any, Any]] = {
 }
 # Keys without effect on inference: training, number formats, what transformers adds of itself. Picture and text settings are read from
 # processor_config.json, which the reference's processor goes by.
-_WITHOUT_EFFECT = {
+WITHOUT_EFFECT = {
     *("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "model_type", "model_name", "model_revision", "model_dtype"),
     *("_name_or_path", "name_or_path", "load_bf16", "use_flash_attention", "backbone_trainable_params_fp32", "attn_dropout", "attn_implementation"),
     *("tune_llm", "tune_visual", "tune_top_llm_layers", "tune_projector", "tune_diffusion_model", "tune_vlln", "state_dropout_prob"),
@@ -168,12 +168,12 @@ _VISION_SIZES = {
 
 def read_config(config: Mapping[str, Any], backbone: Mapping[str, Any]) -> ModelConfig:
     """From the checkpoint's `config.json` and its `backbone_config.json` (PUBLISHED_BACKBONE where there is none). Raises CheckpointError."""
-    Section(config, CONFIG_FILE).warn_of_unknown({*DEFAULTS, *_COMPUTED, *_WITHOUT_EFFECT})
+    Section(config, CONFIG_FILE).warn_of_unknown({*DEFAULTS, *_COMPUTED, *WITHOUT_EFFECT})
     whole, qwen = Section({**DEFAULTS, **config}, CONFIG_FILE), Section(backbone, BACKBONE_FILE)
     whole.refuse_other(_COMPUTED)
     vision = _vision(qwen.section("vision_config"))
     language = _language(qwen.section("text_config"), whole.whole("select_layer"), qwen.whole("image_token_id"))
-    built = ModelConfig(vision, language, _head(whole, language.hidden_size))
+    built = ModelConfig(vision, language, read_head(whole, language.hidden_size))
     if (out := qwen.section("vision_config").values.get("out_hidden_size")) != language.hidden_size:
         raise CheckpointError(f"{BACKBONE_FILE} vision_config: out_hidden_size is {shown(out)}, expected {language.hidden_size} as in text_config.")
     check_head(built, CONFIG_FILE)
@@ -212,7 +212,8 @@ def _language(section: Section, num_layers: int, image_token_id: int) -> Languag
     return read_qwen3(section, num_layers, image_token_id, theta, final_norm=False, mrope_sections=tuple(sections))
 
 
-def _head(whole: Section, width: int) -> ActionHeadConfig:
+def read_head(whole: Section, width: int) -> ActionHeadConfig:
+    """N1.6's and N1.7's. whole: config.json, with what absent keys mean; width: of the backbone's features."""
     dit_section, vl_section = whole.section("diffusion_model_cfg"), whole.values["vl_self_attention_cfg"]
     dit = read_transformer(dit_section, is_dit=True)
     # as the reference reads it: none, or one without layers, is no self-attention
@@ -307,15 +308,40 @@ LETTERBOX_WORDS = ("auto", "always", "never")
 
 
 @dataclass(frozen=True)
-class ProcessorFiles:
-    """The contents of the three files and of config.json, as they are; and what was decided on letterboxing."""
+class ProcessorForm:
+    """What differs between N1.6's and N1.7's processor files.
 
+    processor_class: as processor_config.json names it. rows: the reference's table of tags and rows. settings: what an absent key means; None: as in
+    config.json. without_effect: keys that do not change an inference. computed: as of `Section.refuse_other`. said_twice: keys that are in
+    config.json too. sizes: settings that must be the network's. history: what decides how many times of the state the network takes.
+    """
+
+    processor_class: str
+    rows: Mapping[str, int]
+    settings: Mapping[str, Any]
+    without_effect: Collection[str]
+    computed: Mapping[str, tuple[Any, Any]]
+    said_twice: Collection[str]
+    sizes: Collection[str] = ("max_state_dim", "max_action_dim", "max_action_horizon")
+    history: str = "state_history_length in config.json"
+
+
+FORM = ProcessorForm("Gr00tN1d7Processor", EMBODIMENT_ROWS, _SETTINGS, _SETTINGS_WITHOUT_EFFECT, _SETTINGS_COMPUTED, _SAID_TWICE)
+
+
+@dataclass(frozen=True)
+class ProcessorFiles:
+    """The contents of the three files and of config.json, as they are; and what was decided on letterboxing. history: how many times of the state
+    the network takes."""
+
+    form: ProcessorForm
     processor: Mapping[str, Any]
     statistics: Mapping[str, Any]
     rows: Mapping[str, Any]
     network: Mapping[str, Any]
     config: ModelConfig
     letterbox: Letterbox
+    history: int = 1
 
     @property
     def tags(self) -> Collection[str]:
@@ -326,16 +352,21 @@ class ProcessorFiles:
         kwargs = self.processor.get("processor_kwargs")
         if not isinstance(kwargs, Mapping) or not isinstance(kwargs.get("modality_configs"), Mapping):
             raise damaged(PROCESSOR_FILE, "no processor_kwargs.modality_configs")
+        if (named := self.processor.get("processor_class", self.form.processor_class)) != self.form.processor_class:
+            raise CheckpointError(
+                f"{PROCESSOR_FILE} is of {shown(named)}, expected {self.form.processor_class}, as config.json is of "
+                f"{shown(self.network.get('model_type'))}. Take all files from one checkpoint."
+            )
         return kwargs
 
     def row_of(self, tag: str) -> int:
         modalities, embodiments = self._settings["modality_configs"], self.config.head.embodiments
-        usable = [name for name in modalities if name in self.statistics and (name in self.rows or name in EMBODIMENT_ROWS)]
+        usable = [name for name in modalities if name in self.statistics and (name in self.rows or name in self.form.rows)]
         if tag not in usable:
             has = ", ".join(f"--embodiment_tag={name}" for name in usable) or "none"
             what = "this checkpoint has no statistics for" if tag in modalities else "unknown"
             raise ConfigError(f"{what} embodiment_tag '{tag}'.{closest(tag, usable)} This checkpoint has: {has}.")
-        row = self.rows.get(tag, EMBODIMENT_ROWS.get(tag))
+        row = self.rows.get(tag, self.form.rows.get(tag))
         if type(row) is not int or not 0 <= row < embodiments:
             raise CheckpointError(
                 f"{EMBODIMENT_FILE}: '{tag}' selects row {shown(row)} of the per-embodiment weights; by config.json there are {embodiments}."
@@ -358,15 +389,17 @@ class ProcessorFiles:
 
     def _checked_settings(self) -> dict[str, Any]:
         """With what absent keys mean. Raises CheckpointError for those that are not computed, or contradict config.json."""
-        section, head = Section(self._settings, PROCESSOR_FILE), self.config.head
-        section.warn_of_unknown({*_SETTINGS, *_SETTINGS_WITHOUT_EFFECT, *_SETTINGS_COMPUTED})
-        section.refuse_other(_SETTINGS_COMPUTED)
-        for key, absent in _SETTINGS.items():
+        form, section, head = self.form, Section(self._settings, PROCESSOR_FILE), self.config.head
+        section.warn_of_unknown({*form.settings, *form.without_effect, *form.computed})
+        section.refuse_other(form.computed)
+        for key, absent in form.settings.items():
             if isinstance(absent, bool):
                 section.switch(key, absent)
-        section.refuse_different({"max_state_dim": self._state_width, "max_action_dim": head.action_dim, "max_action_horizon": head.action_horizon})
-        settings = {**_SETTINGS, **section.values}
-        for key in _SAID_TWICE:
+        sizes = {"max_state_dim": self._state_width, "max_action_dim": head.action_dim, "max_action_horizon": head.action_horizon}
+        settings = {**form.settings, **section.values}
+        meant = {key: settings[key] for key in form.sizes if key in section.values or settings[key] is not None}
+        Section(meant, PROCESSOR_FILE).refuse_different({key: sizes[key] for key in meant})
+        for key in form.said_twice:
             if self.network.get(key, settings[key]) != settings[key]:
                 raise CheckpointError(
                     f"{key} is {settings[key]} in {PROCESSOR_FILE} and {shown(self.network[key])} in config.json. NVIDIA's code goes by the former, "
@@ -375,14 +408,9 @@ class ProcessorFiles:
         return settings
 
     @property
-    def _history(self) -> int:
-        """How many times of the state the network takes."""
-        return self.network.get("state_history_length", 1)
-
-    @property
     def _state_width(self) -> int:
         """Padded width of one time."""
-        return self.config.head.state_dim // self._history
+        return self.config.head.state_dim // self.history
 
     def _read(self, tag: str, row: int, settings: Mapping[str, Any]) -> Embodiment:
         modalities, head = settings["modality_configs"][tag], self.config.head
@@ -393,10 +421,10 @@ class ProcessorFiles:
                 f"{PROCESSOR_FILE}: action delta_indices {shown(list(steps))} are not supported; expected 0, 1, 2 and so on, at most "
                 f"{head.action_horizon} of them: one action for each tick."
             )
-        if len(state_offsets) != self._history:
+        if len(state_offsets) != self.history:
             raise CheckpointError(
                 f"{PROCESSOR_FILE}: state delta_indices {list(state_offsets)} are {len(state_offsets)} time steps; the network takes "
-                f"{self._history} (state_history_length in config.json)."
+                f"{self.history} ({self.form.history})."
             )
         state, action = tuple(reader.state()), tuple(reader.action(len(steps)))
         for what, parts, width in (("state", state, self._state_width), ("action", action, head.action_dim)):
@@ -411,7 +439,7 @@ class ProcessorFiles:
             video_indices=reader.past("video"),
             state_indices=state_offsets,
         )
-        told = {key: value for key, value in self._settings.items() if key not in (*_SETTINGS_WITHOUT_EFFECT, "letter_box_transform")}
+        told = {key: value for key, value in self._settings.items() if key not in (*self.form.without_effect, "letter_box_transform")}
         return Embodiment(
             tag=tag,
             row=row,
@@ -445,15 +473,15 @@ def check_data_config(given: DataConfig, own: DataConfig, file: str = PROCESSOR_
         raise ConfigError(f"the data config contradicts {file}: {'; '.join(wrong)}. Leave --data_config out.")
 
 
-def letterbox_of(checkpoint: Path, config: Mapping[str, Any], asked: str) -> Letterbox:
-    """asked: "auto", "always" or "never". The flag in processor_config.json says how the checkpoint was trained from July 2026 on; before mid-June
-    all were padded, also those that say false. Raises CheckpointError for a damaged file, ConfigError for another word."""
+def told_letterbox(checkpoint: Path, asked: str) -> tuple[Letterbox | None, dict[str, str]]:
+    """What was asked ("auto", "always" or "never"), else what the training's pipeline says, None where neither tells; and the texts of TRAINING_FILES
+    that are there. Raises CheckpointError for a damaged file, ConfigError for another word."""
     if asked not in LETTERBOX_WORDS:
         raise ConfigError(f"unknown letterbox '{asked}'.{closest(asked, LETTERBOX_WORDS)} Expected one of: {', '.join(LETTERBOX_WORDS)}.")
     if asked != "auto":
-        return Letterbox(asked == "always", f"--letterbox={asked}", True)
+        return Letterbox(asked == "always", f"--letterbox={asked}", True), {}
 
-    found = {}
+    found: dict[str, str] = {}
     for name in TRAINING_FILES:
         try:
             found[name] = read_text(checkpoint / name)
@@ -461,14 +489,24 @@ def letterbox_of(checkpoint: Path, config: Mapping[str, Any], asked: str) -> Let
             continue
         except (OSError, ValueError) as error:
             raise damaged(name, f"cannot be read ({error})") from error
-    processor, model, settings = (found.get(name) for name in TRAINING_FILES)
+    processor = found.get(TRAINING_FILES[0])
     if processor is not None and "eval_image_transform" in processor:
         try:
             pipeline = str(parse_json(processor)["eval_image_transform"])  # as text; the padding step of either kind is called LetterBox...
         except (ValueError, KeyError, TypeError) as error:
             raise damaged(TRAINING_FILES[0], f"cannot be read as JSON ({error!r})") from error
         if any(step in pipeline for step in ("LetterBox", "Resize", "SmallestMaxSize")):  # else it is no list of steps
-            return Letterbox("LetterBox" in pipeline, f"it was trained so, by {TRAINING_FILES[0]}", True)
+            return Letterbox("LetterBox" in pipeline, f"it was trained so, by {TRAINING_FILES[0]}", True), found
+    return None, found
+
+
+def letterbox_of(checkpoint: Path, config: Mapping[str, Any], asked: str) -> Letterbox:
+    """The flag in processor_config.json says how the checkpoint was trained from July 2026 on; before mid-June all were padded, also those that say
+    false. Raises as `told_letterbox`."""
+    told, found = told_letterbox(checkpoint, asked)
+    if told is not None:
+        return told
+    _, model, settings = (found.get(name) for name in TRAINING_FILES)
     if model is not None and "letter_box_transform" not in model:
         return Letterbox(True, f"it was trained before the flag counted: {TRAINING_FILES[1]} does not have it", True)
     if settings is not None and re.search(r"^\s+video_backend:", settings, re.MULTILINE):
@@ -638,8 +676,8 @@ def read_files(path: Path, config: Mapping[str, Any], sizes: ModelConfig, letter
     directory = _directory(path)
     rows = directory / EMBODIMENT_FILE  # without one the reference has its own table
     processor, statistics = read_object(directory / PROCESSOR_FILE), read_object(directory / STATISTICS_FILE, nan=True)
-    decided = letterbox_of(path, processor, letterbox)
-    return ProcessorFiles(processor, statistics, read_object(rows) if rows.exists() else {}, config, sizes, decided)
+    decided, history = letterbox_of(path, processor, letterbox), config.get("state_history_length", 1)
+    return ProcessorFiles(FORM, processor, statistics, read_object(rows) if rows.exists() else {}, config, sizes, decided, history)
 
 
 # Pictures and prompts
@@ -649,7 +687,7 @@ _PADDING_ID = 151643  # Qwen's <|endoftext|>
 
 
 def images(embodiment: Embodiment, config: ModelConfig) -> FitImages:
-    return FitImages(embodiment, config.vision.token_side)
+    return FitImages(embodiment, config.vision.token_side, BY_QWEN)
 
 
 def render_prompt(instruction: str, images: int, tokens: int) -> str:
@@ -698,5 +736,5 @@ N1D7 = NetworkSpec(
     reference_inputs=reference_inputs,
     download=(BACKBONE_FILE, *PROCESSOR_FILES, *(f"{SUBDIRECTORY}/{file}" for file in PROCESSOR_FILES), *TRAINING_FILES),
     fixed_images=False,
-    nested=True,
+    protocol="n1.7",
 )

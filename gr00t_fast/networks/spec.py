@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
+from gr00t_fast.base.contracts import NetworkName
 from gr00t_fast.base.errors import CheckpointError, closest, shown
 from gr00t_fast.base.files import read_json
 from gr00t_fast.inputs.data_config import DataConfig
@@ -171,8 +172,8 @@ class NetworkSpec:
     published_backbone: what they are where it does not. read_config: config.json and the backbone's -> sizes. weights: the published tensors of each
     parameter; unused_weights: prefixes of tensors that files hold and nothing reads. read_files: directory, config.json, sizes, and what was asked
     about letterboxing -> the files about embodiments. images: how frames become images. reference_inputs: what a network reads by its reference's
-    names. download: patterns of a hub repository's small files. fixed_images: images have one size, whatever the cameras are. nested: NVIDIA's
-    clients of it speak the nested form. config_of: directory and its config.json -> what read_config reads. prefix: of all names of tensors in the
+    names. download: patterns of a hub repository's small files. fixed_images: images have one size, whatever the cameras are. protocol: as of
+    `Policy.protocol`. config_of: directory and its config.json -> what read_config reads. prefix: of all names of tensors in the
     files. tied: published names of the language head and of the embedding, where the former may be the only one of the two that a file has.
     """
 
@@ -189,7 +190,7 @@ class NetworkSpec:
     reference_inputs: Callable[[PolicyInputs, Embodiment, ModelConfig, Tensor], dict[str, Tensor]]
     download: tuple[str, ...]
     fixed_images: bool
-    nested: bool
+    protocol: NetworkName
     config_of: Callable[[Path, Mapping[str, Any]], Mapping[str, Any]] = lambda directory, config: config
     prefix: str = ""
     tied: tuple[str, str] | None = None
@@ -214,8 +215,8 @@ def read_object(path: Path, nan: bool = False) -> dict[str, Any]:
         below = sorted({file.parent for file in path.parent.glob("*/model*.safetensors*")})
         meant = f" Did you mean {' or '.join(map(str, below[:3]))}?" if below else ""
         raise CheckpointError(
-            f"{path} is missing. Expected a GR00T checkpoint: config.json, model*.safetensors and (N1.5) experiment_cfg/metadata.json or (N1.7) "
-            f"processor_config.json, statistics.json, embodiment_id.json; or what lerobot saved, with its policy_p*processor files.{meant}"
+            f"{path} is missing. Expected a GR00T checkpoint: config.json, model*.safetensors and (N1.5) experiment_cfg/metadata.json or (N1.6 "
+            f"and N1.7) processor_config.json, statistics.json, embodiment_id.json; or what lerobot saved, with its policy_p*processor files.{meant}"
         ) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}). Copy or download it again.") from error

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from gr00t_fast.base.contracts import ActionPrefix, ModalityConfig, Policy, PolicyMetadata
+from gr00t_fast.base.contracts import ActionPrefix, ModalityConfig, NetworkName, Policy, PolicyMetadata
 from gr00t_fast.base.errors import ConfigError, ObservationError, ServerError, ServerUnreachableError, WireError, require
 from gr00t_fast.inputs.observation import flat_actions, flat_observation, is_nested, nested_observation
 from gr00t_fast.serving.wire import (
@@ -25,6 +25,7 @@ from gr00t_fast.serving.wire import (
     UNAUTHORISED_TEXT,
     UNKNOWN_ENDPOINT_TEXT,
     Encoder,
+    ModalityConfigN1d6,
     ModalityConfigN1d7,
     decode,
     metadata_from_message,
@@ -72,7 +73,7 @@ class PolicyClient(Policy):
         self.connection = 0  # another number whenever it broke: what answers now may be another server than before
         self._encoder = Encoder()
         self._connections = itertools.count()
-        self._n1d7: bool | None = None  # whether the server speaks N1.7's protocol, once it was asked
+        self._protocol: NetworkName | None = None  # which the server speaks, once it was asked
         self._context = self._zmq.Context()
         self._in_use, self._closed = threading.Lock(), False  # ZeroMQ's sockets are one thread's: closed beside a call, they crash the process
         try:
@@ -94,7 +95,7 @@ class PolicyClient(Policy):
         """
         observation = _as_nvidia_takes_it(flat_observation(observation) if is_nested(observation) else observation)
         left_s = self.timeout_s
-        if self._n1d7 is None:
+        if self._protocol is None:
             began_s = time.monotonic()
             self.get_modality_config()
             left_s -= time.monotonic() - began_s
@@ -108,7 +109,7 @@ class PolicyClient(Policy):
             reply = self._call("get_action_with_options", {"observation": observation, **options}, left_s, self._resend)
             self._check_fingerprint(reply)
             return _actions(reply)
-        if not self._n1d7:
+        if self._protocol == "n1.5":
             return _actions(self._call("get_action", observation, left_s, self._resend))
         nested, batched = nested_observation(observation)
         reply = self._call("get_action", {"observation": nested, "options": None}, left_s, self._resend)
@@ -130,7 +131,8 @@ class PolicyClient(Policy):
         reply = self._call("get_modality_config")
         if not isinstance(reply, dict) or not all(isinstance(value, ModalityConfig) for value in reply.values()):
             raise WireError("get_modality_config: the server answered something else than modality configurations.")
-        self._n1d7 = any(isinstance(config, ModalityConfigN1d7) for config in reply.values())
+        forms: dict[type, NetworkName] = {ModalityConfigN1d6: "n1.6", ModalityConfigN1d7: "n1.7"}
+        self._protocol = next((forms[type(config)] for config in reply.values() if type(config) in forms), "n1.5")
         return {name: config.of(name) if isinstance(config, ModalityConfigN1d7) else config for name, config in reply.items()}
 
     def get_metadata(self) -> PolicyMetadata | None:
@@ -197,7 +199,7 @@ class PolicyClient(Policy):
         began_s = time.monotonic()
         request = self._encoder.encode(
             {"endpoint": endpoint} | ({} if data is None else {"data": data}) | ({} if self._token is None else {"api_token": self._token}),
-            n1d7=bool(self._n1d7),
+            n1d7=self._protocol == "n1.7",
         )
         sent_s = time.monotonic()
         try:

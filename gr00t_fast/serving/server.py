@@ -1,4 +1,4 @@
-"""A policy behind a ZeroMQ socket, in the protocols of NVIDIA's GR00T N1.5 and N1.7 inference services: NVIDIA's clients talk to it unchanged.
+"""A policy behind a ZeroMQ socket, in the protocols of NVIDIA's GR00T N1.5, N1.6 and N1.7 inference services: NVIDIA's clients talk to it unchanged.
 
 A request for actions tells its protocol by its form. What cannot be told from the message, the modality configuration, is answered in the form of the
 network that is served. One thread talks: a silent or broken client never holds up the others, and pings are answered while the network computes.
@@ -35,7 +35,7 @@ from gr00t_fast.serving.wire import (
     CONTINUED_BY,
     MAX_MESSAGE_BYTES,
     UNKNOWN_ENDPOINT_TEXT,
-    decode,
+    decode_with_form,
     encode,
     metadata_to_message,
     modality_config_message,
@@ -158,7 +158,7 @@ class PolicyServer(PolicyServerBase):
 
     def _answer(self, message: memoryview, route: list[bytes], descriptor: int, name: str) -> bytes | None:
         """The reply, or None when it comes later. Raises Gr00tFastError with the reason of a refusal."""
-        request = decode(message, self._max_bytes)
+        request, arrays_n1d7 = decode_with_form(message, self._max_bytes)
         if not isinstance(request, dict):
             raise WireError(f'expected a map with "endpoint" and "data", got {type(request).__name__}.')
         self.service.check_token(request.get("api_token"))
@@ -171,7 +171,7 @@ class PolicyServer(PolicyServerBase):
             return self._kill()
         if endpoint == "get_status":  # an extension
             return encode(self.service.status())
-        observation, options, n1d7 = _asked(endpoint, data := request.get("data", {}))
+        observation, options, nested = _asked(endpoint, data := request.get("data", {}))
         beside = {"fingerprint": self._fingerprint} if endpoint == "get_action_with_options" and "fingerprint" in data else {}  # never for NVIDIA's
         correlated = len(route) > 2 and len(route[-2]) == 4  # the number of the request, which REQ_CORRELATE puts there
         client = (descriptor, *route[: -2 if correlated else -1])
@@ -179,7 +179,7 @@ class PolicyServer(PolicyServerBase):
         def send(answer: Future[dict[str, np.ndarray]]) -> None:
             if (error := answer.exception()) is not None:
                 self.service.figures.refused(error, name)
-            self._answers.put([*route, _answer_message(answer, n1d7, beside)])
+            self._answers.put([*route, _answer_message(answer, nested, nested and arrays_n1d7, beside)])
             self._wake_talker.send(b"x")
 
         self.service.ask(observation, client, len(message), name, **options).add_done_callback(send)
@@ -197,7 +197,7 @@ def _fingerprint(policy: Policy) -> str:
     """A digest of the checkpoint and of what the policy says of itself, by which a client tells one policy from another."""
     log.info("taking the fingerprint of the checkpoint")
     told = None if policy.metadata is None else metadata_to_message(policy.metadata)
-    said = [policy.fingerprint(), modality_config_message(policy.get_modality_config(), n1d7=True), told]
+    said = [policy.fingerprint(), modality_config_message(policy.get_modality_config(), "n1.7"), told]
     return hashlib.sha256(to_json(said)).hexdigest()
 
 
@@ -205,7 +205,7 @@ def _fixed_replies(policy: Policy, fingerprint: str) -> dict[str, bytes]:
     """By endpoint."""
     replies = {
         "ping": {"status": "ok", "message": "Server is running"},
-        "get_modality_config": modality_config_message(policy.get_modality_config(), n1d7=policy.nested),
+        "get_modality_config": modality_config_message(policy.get_modality_config(), policy.protocol),
         "reset": {"status": "ok"},  # nothing to do: what belongs to an episode is with the client, and the policy is everybody's
     }
     if policy.metadata is not None:
@@ -214,20 +214,21 @@ def _fixed_replies(policy: Policy, fingerprint: str) -> dict[str, bytes]:
 
 
 def _asked(endpoint: str, data: Any) -> tuple[Any, dict[str, Any], bool]:
-    """The observation, the options of `Policy.get_action`, and whether the answer is to be in the form of N1.7. Raises Gr00tFastError."""
+    """The observation, the options of `Policy.get_action`, and whether the answer is to be nested, as N1.6's and N1.7's are. Raises
+    Gr00tFastError."""
     if endpoint not in ("get_action", "get_action_with_options"):
         raise ServerError(f"{UNKNOWN_ENDPOINT_TEXT}: {endpoint[:80]}", ServerError.UNKNOWN_ENDPOINT)
     data = string_keyed(data, "data")
     if endpoint == "get_action_with_options":  # an extension: NVIDIA's server answers it with "Unknown endpoint"
         return data.get("observation"), _options(data), False
-    n1d7 = is_nested(data.get("observation"))
-    return data["observation"] if n1d7 else data, {}, n1d7
+    nested = is_nested(data.get("observation"))
+    return data["observation"] if nested else data, {}, nested
 
 
-def _answer_message(answer: Future[dict[str, np.ndarray]], n1d7: bool, beside: dict[str, str]) -> bytes:
+def _answer_message(answer: Future[dict[str, np.ndarray]], nested: bool, arrays_n1d7: bool, beside: dict[str, str]) -> bytes:
     try:
         actions = answer.result()
-        return encode([nested_actions(actions), {}] if n1d7 else {**actions, **beside}, n1d7)
+        return encode([nested_actions(actions), {}] if nested else {**actions, **beside}, arrays_n1d7)
     except Exception as error:  # noqa: BLE001 - of the inference, or of what the policy returned, which cannot be sent
         return _error_message(error)
 

@@ -1,4 +1,4 @@
-"""Messages as bytes, and bytes as messages: msgpack in the dialects of NVIDIA's GR00T N1.5 and N1.7 services, and of openpi. No sockets here.
+"""Messages as bytes, and bytes as messages: msgpack in the dialects of NVIDIA's GR00T N1.5, N1.6 and N1.7 services, and of openpi. No sockets here.
 
     request    {"endpoint": str, "data": {...}, "api_token": str}      reply    {...}, or {"error": str, "code": str, only from ours}
     array      {"__ndarray_class__": true, "as_npy": bytes of a .npy file}
@@ -7,6 +7,9 @@
     N1.7       data of get_action: {"observation": nested (inputs/observation.py), "options"}      reply    [actions, info]
     array      {b"nd": true, b"type": "<f4", b"kind": b"", b"shape": [...], b"data": bytes}, as msgpack_numpy writes it
     config     {"__ModalityConfig__": true, "as_json": {"delta_indices": [0], "modality_keys": ["webcam"], ...}}
+
+    N1.6       N1.7's data and replies with N1.5's arrays
+    config     {"__ModalityConfig_class__": true, "as_json": as N1.7's}
 
     openpi     an observation, and actions, as they are; an error is text
     array      {b"__ndarray__": true, b"data": bytes, b"dtype": "<f4", b"shape": [...]}
@@ -32,7 +35,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from gr00t_fast.base.contracts import ModalityConfig, PartStatistics, PolicyMetadata
+from gr00t_fast.base.contracts import ModalityConfig, NetworkName, PartStatistics, PolicyMetadata
 from gr00t_fast.base.errors import WireError, require
 from gr00t_fast.base.files import parse_json
 
@@ -46,7 +49,7 @@ _MAX_TEXT_BYTES, _MAX_TEXT_ARRAY_BYTES = 2**16, 2**20
 _ARRAY, _CONFIG = "__ndarray_class__", "__ModalityConfig_class__"
 _ARRAY_N1D7, _CONFIG_N1D7 = b"nd", "__ModalityConfig__"
 _ARRAY_OPENPI, _SCALAR_OPENPI = b"__ndarray__", b"__npgeneric__"
-_PREFIXED = ("video", "state", "action")  # modalities whose keys have the modality's name in front in N1.5 and not in N1.7
+_PREFIXED = ("video", "state", "action")  # modalities whose keys have the modality's name in front in N1.5, and not in N1.6 and N1.7
 _KINDS = "biufUS"  # of numpy's dtypes: bool, numbers and text
 _NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _MAX_HEADER_CHARACTERS, _MAX_DTYPE_CHARACTERS = 512, 16
@@ -76,15 +79,18 @@ def encode_openpi(message: Any) -> bytes:
     return packed
 
 
-def modality_config_message(configs: Mapping[str, ModalityConfig], n1d7: bool) -> dict[str, Any]:
-    """For `encode`."""
-    if not n1d7:
+def modality_config_message(configs: Mapping[str, ModalityConfig], form: NetworkName) -> dict[str, Any]:
+    """For `encode`, as the services of that network write it."""
+    if form == "n1.5":
         return dict(configs)
     message = {}
     for modality, config in configs.items():
         keys = [key.removeprefix(f"{modality}.") if modality in _PREFIXED else key for key in config.modality_keys]
         told = {} if config.action_configs is None else {"action_configs": config.action_configs}
-        message[modality] = {_CONFIG_N1D7: True, "as_json": {"delta_indices": list(config.delta_indices), "modality_keys": keys, **told}}
+        message[modality] = {
+            _CONFIG if form == "n1.6" else _CONFIG_N1D7: True,
+            "as_json": {"delta_indices": list(config.delta_indices), "modality_keys": keys, **told},
+        }
     return message
 
 
@@ -95,6 +101,10 @@ class ModalityConfigN1d7(ModalityConfig):
         """With it."""
         keys = [f"{modality}.{key}" for key in self.modality_keys] if modality in _PREFIXED else self.modality_keys
         return ModalityConfig(self.delta_indices, keys, self.action_configs)
+
+
+class ModalityConfigN1d6(ModalityConfigN1d7):
+    """As N1.6's services write it: N1.7's content under N1.5's name."""
 
 
 class Encoder:
@@ -162,12 +172,17 @@ def _bytes_of(array: np.ndarray) -> Any:
 def decode(data: Any, max_bytes: int = MAX_MESSAGE_BYTES) -> Any:
     """The message in `data`, bytes or a view of them; arrays are read-only and in native byte order. Raises WireError, and nothing else,
     whatever `data` holds."""
+    return decode_with_form(data, max_bytes)[0]
+
+
+def decode_with_form(data: Any, max_bytes: int = MAX_MESSAGE_BYTES) -> tuple[Any, bool]:
+    """As `decode`, and whether any array was in N1.7's form."""
     if len(data) > max_bytes:
         raise WireError(f"the message has {len(data)} bytes; at most {max_bytes} are accepted. Send fewer or smaller pictures at once.")
     msgpack = require("msgpack", "serving")
     reader = _Reader()
     try:
-        return msgpack.unpackb(
+        message = msgpack.unpackb(
             data,
             object_hook=reader.map,
             list_hook=reader.list,
@@ -176,6 +191,7 @@ def decode(data: Any, max_bytes: int = MAX_MESSAGE_BYTES) -> Any:
             max_str_len=_MAX_TEXT_BYTES,
             max_ext_len=0,
         )
+        return message, reader.met_n1d7
     except WireError:
         raise
     except (ValueError, TypeError) as error:  # msgpack's own errors are ValueErrors; TypeError: a key that cannot be hashed
@@ -187,6 +203,7 @@ class _Reader:
 
     def __init__(self) -> None:
         self._containers = self._elements = 0
+        self.met_n1d7 = False
 
     def list(self, value: list[Any]) -> list[Any]:
         self._count(value)
@@ -197,11 +214,12 @@ class _Reader:
         if _ARRAY in value:
             return npy_array(value.get("as_npy"))
         if _CONFIG in value:
-            return _modality_config(value.get("as_json"))
+            told = value.get("as_json")
+            return _modality_config(told, ModalityConfig if isinstance(told, str) else ModalityConfigN1d6)
         if _CONFIG_N1D7 in value:
             return _modality_config(value.get("as_json"), ModalityConfigN1d7)
         if _ARRAY_N1D7 in value:
-            array = _numpy_value(value, b"type")
+            self.met_n1d7, array = True, _numpy_value(value, b"type")
             return array if value[_ARRAY_N1D7] is True else array[()]
         if _ARRAY_OPENPI in value:
             return _numpy_value(value, b"dtype")

@@ -1,7 +1,7 @@
 """Write a checkpoint with random weights in NVIDIA's published format: for demonstrations, tests and timing where no real one is at hand.
 
     gr00t-fast random-checkpoint --size=demo --out=outputs/demo/checkpoint
-    gr00t-fast random-checkpoint --network=n1.7 --size=demo --out=outputs/demo/n1d7
+    gr00t-fast random-checkpoint --network=n1.7 --size=demo --out=outputs/demo/n1d7        (or n1.6)
 
 It carries a small tokenizer of its own (every byte is a token), so nothing is downloaded. What it does with an arm means nothing.
 """
@@ -24,19 +24,19 @@ from gr00t_fast.base.contracts import SO100_JOINTS, NetworkName
 from gr00t_fast.base.errors import ConfigError
 from gr00t_fast.inputs.data_config import DATA_CONFIGS
 from gr00t_fast.model import Gr00t
-from gr00t_fast.model.config import ModelConfig, QwenVisionConfig
-from gr00t_fast.networks import n1d5, n1d7
+from gr00t_fast.model.config import ModelConfig, QwenVisionConfig, Siglip2VisionConfig, VisionConfig
+from gr00t_fast.networks import n1d5, n1d6, n1d7
 from gr00t_fast.networks.n1d5 import PUBLISHED_EAGLE
-from gr00t_fast.networks.n1d7 import BACKBONE_FILE, PUBLISHED_BACKBONE
+from gr00t_fast.networks.n1d7 import BACKBONE_FILE
 from gr00t_fast.networks.spec import published_shapes
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-_IMAGE_TOKENS = {"n1.5": n1d5.IMAGE_TOKEN, "n1.7": n1d7.IMAGE_TOKEN}
+_IMAGE_TOKENS = {"n1.5": n1d5.IMAGE_TOKEN, "n1.6": n1d6.IMAGE_TOKEN, "n1.7": n1d7.IMAGE_TOKEN}
 _SPECIAL_TOKENS = {
-    "n1.5": (*_CHAT_TOKENS, n1d5.IMAGE_TOKEN, "<img>", "</img>"),
+    **dict.fromkeys(("n1.5", "n1.6"), (*_CHAT_TOKENS, n1d5.IMAGE_TOKEN, "<img>", "</img>")),
     "n1.7": (*_CHAT_TOKENS, "<|vision_start|>", "<|vision_end|>", n1d7.IMAGE_TOKEN),
 }
 # Those that would make a checkpoint of the one network be taken for the other's.
@@ -51,11 +51,13 @@ _RANGES_DEG = {
     "wrist_roll": (-120.0, -60.0),
     "gripper": (0.0, 60.0),
 }
-# vision: width, inner, layers, heads, and of N1.7 deepstack and positions; language: width, inner, layers, heads, kv heads, head dim; sections of
-# N1.7's rotary frequencies; dit and vl: layers, heads, head dim
+# vision: width, inner, layers, heads, of N1.7 deepstack, and of N1.6 and N1.7 positions; language: width, inner, layers, heads, kv heads, head dim;
+# sections of N1.7's rotary frequencies; dit and vl: layers, heads, head dim
 _SIZES: dict[tuple[str, str], dict[str, Any]] = {
     ("n1.5", "tiny"): {"vision": (32, 64, 1, 2), "language": (32, 64, 1, 4, 2, 8), "hidden": 32, "dit": (2, 4, 8), "vl": (1, 4, 8)},
     ("n1.5", "demo"): {"vision": (96, 256, 3, 4), "language": (128, 256, 3, 4, 2, 32), "hidden": 96, "dit": (4, 4, 32), "vl": (1, 4, 32)},
+    ("n1.6", "tiny"): {"vision": (32, 64, 2, 2, 36), "language": (32, 64, 3, 4, 2, 8), "hidden": 32, "dit": (4, 4, 8)},
+    ("n1.6", "demo"): {"vision": (96, 256, 4, 4, 256), "language": (128, 256, 4, 4, 2, 32), "hidden": 96, "dit": (8, 4, 32)},
     ("n1.7", "tiny"): {
         **{"vision": (32, 64, 3, 2, [0, 1], 36), "language": (32, 64, 3, 4, 2, 8), "sections": [2, 1, 1]},
         **{"hidden": 32, "dit": (4, 4, 8), "vl": (1, 4, 8)},
@@ -68,6 +70,7 @@ _SIZES: dict[tuple[str, str], dict[str, Any]] = {
 SIZES = ("tiny", "demo", "full")
 _VISION_KEYS = {
     "n1.5": ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    "n1.6": ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_patches"),
     "n1.7": ("hidden_size", "intermediate_size", "depth", "num_heads", "deepstack_visual_indexes", "num_position_embeddings"),
 }
 _LANGUAGE_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
@@ -87,9 +90,10 @@ def write_random_checkpoint(
     network: NetworkName = "n1.5",
     frame_offsets: tuple[int, ...] = (0,),
 ) -> Path:
-    """Create directory `out`. Size `full` has the published sizes (2.4 billion parameters, N1.7 3.1). Raises ConfigError.
+    """Create directory `out`. Size `full` has the published sizes (2.4 billion parameters, N1.6 3.0, N1.7 3.1). Raises ConfigError.
 
-    resolution: (width, height), of N1.5's training videos; N1.7's files do not say it. frame_offsets: times of N1.7's pictures, steps back from now.
+    resolution: (width, height), of N1.5's training videos; the others' files do not say it. frame_offsets: times of their pictures, steps back from
+    now.
 
     One that was interrupted is never taken for a checkpoint. Other files of `out` stay, such as exports.
     `weights=False`: the small files alone, for a network of `random_network`.
@@ -100,14 +104,15 @@ def write_random_checkpoint(
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; expected a directory for the checkpoint, or a name that is free.")
     config, backbone = network_config(size, published_tokenizer or size == "full", network)
-    if network == "n1.7":
-        processor, statistics = _processor_n1d7(data_config, frame_offsets)
+    if network == "n1.5":
+        files = {"eagle2_hg_model/config.json": backbone, "experiment_cfg/metadata.json": _metadata(data_config, resolution)}
+        tokenizer = "eagle2_hg_model/tokenizer.json"
+    else:
+        processor, statistics = (_processor_n1d7 if network == "n1.7" else _processor_n1d6)(data_config, frame_offsets)
         files = {"processor_config.json": processor, "statistics.json": statistics, "embodiment_id.json": {"new_embodiment": 10}}
         files |= {} if size == "full" else {BACKBONE_FILE: backbone}
-        sizes, tokenizer = n1d7.read_config(config, backbone), "tokenizer.json"
-    else:
-        files = {"eagle2_hg_model/config.json": backbone, "experiment_cfg/metadata.json": _metadata(data_config, resolution)}
-        sizes, tokenizer = n1d5.read_config(config, backbone), "eagle2_hg_model/tokenizer.json"
+        tokenizer = "tokenizer.json"
+    sizes = _NETWORKS[network].read_config(config, backbone)
     for stale in (*(out / name for name in _TELLING_FILES), *out.glob("model*.safetensors*")):
         stale.unlink(missing_ok=True)
     if not published_tokenizer:
@@ -139,11 +144,11 @@ def checkpoint_in(
 
 
 def network_config(size: str, published_vocabulary: bool, network: NetworkName = "n1.5") -> tuple[dict[str, Any], dict[str, Any]]:
-    """config.json, and Eagle's config.json or N1.7's backbone_config.json, of a network of that size."""
+    """config.json, and Eagle's config.json or the backbone_config.json of N1.6 and N1.7, of a network of that size."""
     if size != "full":
         return sized_config(network, _SIZES[network, size], published_vocabulary)
-    published = (n1d5.PUBLISHED_CONFIG, PUBLISHED_EAGLE) if network == "n1.5" else (n1d7.PUBLISHED_CONFIG, PUBLISHED_BACKBONE)
-    config, backbone = copy.deepcopy(published)
+    module = _NETWORKS[network]
+    config, backbone = copy.deepcopy((module.PUBLISHED_CONFIG, PUBLISHED_EAGLE if network == "n1.5" else module.PUBLISHED_BACKBONE))
     if network == "n1.5":
         backbone["vision_config"].update(model_type="siglip_vision_model", num_channels=3, hidden_act="gelu_pytorch_tanh", attention_dropout=0)
         backbone["text_config"].update(model_type="qwen3", hidden_act="silu", attention_bias=False, rope_scaling=None, tie_word_embeddings=True)
@@ -163,14 +168,15 @@ def sized_config(network: NetworkName, sizes: Mapping[str, Any], published_vocab
         config.update(hidden_size=width)
         config["backbone_cfg"]["select_layer"] = layers
     else:
-        vision["out_hidden_size"], text["rope_scaling"]["mrope_section"] = width, sizes["sections"]
         config.update(select_layer=layers, max_num_embodiments=16, max_seq_len=64)
-    for name, part in (("diffusion_model_cfg", "dit"), ("vl_self_attention_cfg", "vl")):
+    if network == "n1.7":
+        vision["out_hidden_size"], text["rope_scaling"]["mrope_section"] = width, sizes["sections"]
+    for name, part in (("diffusion_model_cfg", "dit"), ("vl_self_attention_cfg", "vl"))[: 1 if network == "n1.6" else 2]:
         of_head[name].update(zip(("num_layers", "num_attention_heads", "attention_head_dim"), sizes[part], strict=True))
     of_head["diffusion_model_cfg"].update(output_dim=sizes["hidden"])
     of_head.update(backbone_embedding_dim=width, hidden_size=sizes["hidden"], input_embedding_dim=math.prod(sizes["dit"][1:]))
     if not published_vocabulary:
-        tokenizer, key = byte_tokenizer(_SPECIAL_TOKENS[network]), "image_token_index" if network == "n1.5" else "image_token_id"
+        tokenizer, key = byte_tokenizer(_SPECIAL_TOKENS[network]), "image_token_id" if network == "n1.7" else "image_token_index"
         text["vocab_size"], backbone[key] = tokenizer.get_vocab_size(), tokenizer.token_to_id(_IMAGE_TOKENS[network])
     return config, backbone
 
@@ -238,6 +244,21 @@ def _processor_n1d7(data_config: str, frame_offsets: tuple[int, ...]) -> tuple[d
     return processor, {"new_embodiment": {**absolute, "relative_action": relative}}
 
 
+def _processor_n1d6(data_config: str, frame_offsets: tuple[int, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """As `_processor_n1d7`, as N1.6's training writes it."""
+    processor, statistics = _processor_n1d7(data_config, frame_offsets)
+    settings = processor["processor_kwargs"]
+    processor["processor_class"] = "Gr00tN1d6Processor"
+    for key in ("letter_box_transform", "use_mean_std", "exclude_state"):
+        del settings[key]
+    settings |= {"image_crop_size": None, "image_target_size": None, "model_name": "nvidia/Eagle-Block2A-2B-v2", "model_type": "eagle"}
+    settings |= {"max_state_dim": 128, "max_action_dim": 128, "max_action_horizon": 50, "use_percentiles": False, "apply_sincos_state_encoding": True}
+    return processor, statistics
+
+
+_NETWORKS: dict[str, Any] = {"n1.5": n1d5, "n1.6": n1d6, "n1.7": n1d7}
+
+
 def _part_statistics(ranges: list[tuple[float, float]]) -> dict[str, list[float]]:
     low, high = zip(*ranges, strict=True)
     mean = [(a + b) / 2 for a, b in ranges]
@@ -268,20 +289,20 @@ def write_weights(out: Path, config: ModelConfig, seed: int, dtype: torch.dtype,
 def _published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = Gr00t(config)
-    is_qwen = isinstance(config.vision, QwenVisionConfig)
-    weights = (n1d7 if is_qwen else n1d5).WEIGHTS
+    module = {QwenVisionConfig: n1d7, Siglip2VisionConfig: n1d6, VisionConfig: n1d5}[type(config.vision)]
     shapes: dict[str, tuple[int, ...]] = {}
     for name, parameter in model.named_parameters():
-        shapes.update(published_shapes(weights, name, tuple(parameter.shape), config))
-    if is_qwen:  # the final norm that published files hold and nothing reads
+        shapes.update(published_shapes(module.WEIGHTS, name, tuple(parameter.shape), config))
+    if module is n1d7:  # the final norm that published files hold and nothing reads
         return {**shapes, f"{n1d7.UNUSED[-1]}weight": (config.language.hidden_size,)}
-    return {**shapes, **_pooling_head_shapes(config)}
+    if module is n1d6:  # likewise the language head
+        shapes[f"{n1d6.UNUSED[1]}weight"] = (config.language.vocab_size, config.language.hidden_size)
+    return {**shapes, **_pooling_head_shapes(config, module.UNUSED[0])}
 
 
-def _pooling_head_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def _pooling_head_shapes(config: ModelConfig, prefix: str) -> dict[str, tuple[int, ...]]:
     """SigLIP's pooling head: published files hold it although the policy never uses it."""
     width, inner = config.vision.hidden_size, config.vision.intermediate_size
-    prefix = n1d5.UNUSED[0]
     shapes = {"probe": (1, 1, width), "attention.in_proj_weight": (3 * width, width), "attention.in_proj_bias": (3 * width,)}
     for name, rows, columns in (("attention.out_proj", width, width), ("mlp.fc1", inner, width), ("mlp.fc2", width, inner)):
         shapes.update({f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)})
