@@ -12,7 +12,7 @@ PYTHON312 ?= $(call find_python,12)
 PYTHON313 ?= $(call find_python,13)
 ARM_TESTS := tests/test_so100_follower.py tests/test_feetech_bus.py tests/test_faults.py tests/test_watchdog.py tests/test_put_down.py tests/test_cli.py \
 	tests/test_end_to_end.py tests/test_lerobot_plugin.py
-QUICK_TESTS := tests/test_loop.py tests/test_limits.py tests/test_threaded.py tests/test_feetech_bus.py tests/test_so100_follower.py
+QUICK_TESTS := tests/test_modes.py tests/test_loop.py tests/test_limits.py tests/test_threaded.py tests/test_feetech_bus.py tests/test_so100_follower.py
 # By the environment, and not by --constraint alone: only so it reaches the tools that build packages, too.
 INSTALL := PIP_CONSTRAINT="$(CURDIR)/requirements/constraints.txt" PIP_BUILD_CONSTRAINT="$(CURDIR)/requirements/constraints.txt" \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
