@@ -183,7 +183,7 @@ class FifoPlanner:
         if self._playing is None or self._row >= len(self._playing[1].targets):
             return None
         self._row += 1
-        return DueTarget(self._playing[1].targets[self._row - 1], tick - self._playing[0], self._row - 1)
+        return DueTarget(self._playing[1].targets[self._row - 1], tick - self._playing[0])
 
     def ahead(self, tick: int, rows: int) -> np.ndarray:
         return self._playing[1].targets[self._row :][:rows]

@@ -175,7 +175,7 @@ def check(account: Account, due: DueTarget | None, tick: int, policy: ScriptedPo
         assert account.left(tick) == 0
         return
     assert (due.target[0], due.target[1]) == (account.observed, tick - account.origin), "not the action that is due now"
-    assert (due.age_ticks, due.row) == (tick - account.observed, tick - account.origin)
+    assert due.age_ticks == tick - account.observed
     assert due.target[2] == pytest.approx(policy.resets), "from an episode that is over"
     assert np.isfinite(due.target).all() == (due.target[3] == 0)
 

@@ -127,7 +127,7 @@ class ControlLoop:
         self._before = dict.fromkeys((Mode.AWAY, Mode.PAUSED), Mode.APART)  # what led to them
         self._move: Move | None = None  # of MOVE, BETWEEN, PUT_DOWN: while it goes on
         self._what, self._stalls = "", np.zeros(len(robot.joint_names), np.int64)  # where to, and how often joints were blocked before
-        self._began_s, self._until_s = clock.now_s(), math.inf  # the present mode; and its deadline
+        self._began_s, self._until_s = clock.now_s(), math.inf  # the present mode; and when a pause between episodes ends
         self._told = False  # whether its waiting was told of
         self._episode, self._episode_end_s, self._first_row = 0, math.inf, 0
         self._due: DueTarget | None = None
@@ -149,8 +149,9 @@ class ControlLoop:
                 self._guarded(self._connect)
                 while self.mode not in ENDS:
                     self._guarded(self._tick)
-                    with self.trace.timed("wait"):
-                        self.pacer.wait()
+                    if self.mode not in ENDS:  # an arm that is to be let go is not kept waiting
+                        with self.trace.timed("wait"):
+                            self.pacer.wait()
             finally:
                 self.trace.landing = self.robot.land(self.mode is Mode.HELD)
                 self.trace.ended_s = self.clock.now_s()
@@ -288,15 +289,14 @@ class ControlLoop:
         self.echo = _unfailing(self.echo)
         if self.mode is not Mode.PUT_DOWN:
             return
-        pose = self._rest_pose
-        named = self.options.poses.rest != "start"  # an arm that was held up as its torque went on may have to go there before its first target
-        if pose is None or not (self.trace.moved or (named and self._engaged)):
+        pose, start = self._rest_pose, self.options.poses.rest == "start"
+        # Before its first target an arm is where it lay, but not at a pose that was named: it may have been held up.
+        if pose is None or not (self.trace.moved or (self._engaged and not start)):
             self._happen(Event.KEPT)
             return
         self.limits.protect()
         self.limits.stay()
         self._say_put_down()
-        start = self.options.poses.rest == "start"
         self._begin_move(pose, "the pose in which it lay before its torque went on" if start else "the rest pose")
         self._ticks_left = _LONGEST_TIMES * self._move.most_ticks
 

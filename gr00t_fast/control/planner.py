@@ -99,11 +99,10 @@ class TimedChunk:
 
 @dataclass(frozen=True)
 class DueTarget:
-    """The target (J,) of a tick, the ticks since the observation behind it, and its row in the chunk that plays."""
+    """The target (J,) of a tick, and the ticks since the observation behind it."""
 
     target: np.ndarray
     age_ticks: int
-    row: int
 
 
 class ChunkBuffer:
@@ -144,7 +143,7 @@ class ChunkBuffer:
             self._origin += tick - self._last_tick - 1
         self._last_tick = tick
         row = tick - self._origin
-        return DueTarget(self._chunk.chunk.targets[row], tick - self._chunk.observed, row) if row < self._rows else None
+        return DueTarget(self._chunk.chunk.targets[row], tick - self._chunk.observed) if row < self._rows else None
 
     def leftover(self, tick: int | None = None) -> dict[str, np.ndarray]:
         """What the playing chunk holds from `tick` on (None: behind the last row that was due), as the policy's own arrays; empty when it has run
