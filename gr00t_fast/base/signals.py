@@ -83,7 +83,7 @@ class StopSignals:
 
     def begin_shutdown(self) -> None:
         """The orderly end begins and is announced, which may take a while: from now on `check` raises for a deliberate further stop alone, see
-        `_on_signal`. `reason` and `exit_code` stay the first one's."""
+        `press`. `reason` and `exit_code` stay the first one's."""
         self._raises = self._due = False
         self._put_down_s = time.monotonic()
 
@@ -98,19 +98,26 @@ class StopSignals:
             self._raises = False
         self.check()  # a library may have swallowed it
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        """The first stop of a run ends it. While the arm is put down a further one lets go at once, if it is deliberate: Ctrl-C or SIGTERM, pressed
-        anew, FURTHER_AFTER_S after the announcement or later. After a run that ended by itself the first of these is none: it was meant for the
-        run."""
+    def press(self, reason: str, exit_code: int = 0, deliberate: bool = True) -> None:
+        """A person, or a supervisor, stops the run; from any thread. The first stop ends it. While the arm is put down a further one lets go at once,
+        if it is `deliberate`, pressed anew, and FURTHER_AFTER_S after the announcement or later. After a run that ended by itself the first of these
+        is none: it was meant for the run."""
         now_s, before_s = time.monotonic(), self._last_s
         self._last_s = now_s
         if self._first is None:
-            self.request(signal.Signals(number).name, SIGNAL_EXIT_BASE + number, by_person=math.isinf(self._put_down_s))
-        if number in _DELIBERATE and not math.isinf(self._put_down_s):
+            self.request(reason, exit_code, by_person=math.isinf(self._put_down_s))
+        if deliberate and not math.isinf(self._put_down_s):
             self._due |= self._asked and now_s - self._put_down_s > FURTHER_AFTER_S and now_s - before_s > PRESSED_ANEW_S
             self._asked = True
         if self._due and self._raises:
-            self.check()
+            main = threading.main_thread()
+            if threading.current_thread() is main:
+                self.check()
+            else:  # only there it may be raised
+                signal.pthread_kill(main.ident, signal.SIGINT)  # type: ignore[arg-type]
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.press(signal.Signals(number).name, SIGNAL_EXIT_BASE + number, number in _DELIBERATE)
 
 
 def _ignored_on_purpose(number: int) -> bool:

@@ -80,25 +80,21 @@ def run(config: ReplayConfig) -> int:
     return drive(as_run, load, RecordedFacts({"replay_of": str(directory), "replayed_episode": config.episode}, _camera_names(directory)))
 
 
-class RecordedEpisode(Policy):
-    """The actions of an episode as a policy: its first answer leads from where the arm is to the first action and then through all of them."""
+class PlayedRows(Policy):
+    """Rows of joint targets as a policy: its first answer leads from where the arm is to the first row and then through all of them."""
 
     computes = False
 
-    def __init__(self, directory: Path, number: int, robot: Robot, on_end: Callable[[], None], approach_deg_s: float) -> None:
-        """`on_end` is called when all actions have been played. Raises ConfigError for what is no data set of this arm, and for an episode that it
-        has not."""
-        frames = _opened(directory, robot)
-        if number >= len(frames.episodes):
-            raise ConfigError(f"--episode={number}: {directory} has {len(frames.episodes)} episodes, 0 to {len(frames.episodes) - 1}.")
-        rows = frames.episodes[number]
-        states, self._actions = frames.columns("state", rows), frames.columns("action", rows)  # part -> (T, D)
-        self._name, self._fps = f"episode {number} of {directory}", frames.fps
-        self.task = next(iter(frames.tasks_of(number)), "a recording without a task")
+    def __init__(self, name: str, task: str, fps: float, robot: Robot, on_end: Callable[[], None], approach_deg_s: float) -> None:
+        """`on_end` is called when all rows have been played. `_play` gives them."""
+        self._name, self.task, self._fps = name, task, fps
         self._robot, self._on_end, self._approach_deg_s, self._played = robot, on_end, approach_deg_s, False
-        self.action_horizon = len(rows)
-        statistics = (_statistics(states), _statistics(self._actions))
-        self.metadata = PolicyMetadata("new_embodiment", {}, frames.fps, _PARTS, _PARTS, *statistics, len(rows))
+
+    def _play(self, states: Mapping[str, np.ndarray], actions: Mapping[str, np.ndarray]) -> None:
+        """By part (T, D)."""
+        self._actions, self.action_horizon = actions, len(next(iter(actions.values())))
+        statistics = (_statistics(states), _statistics(actions))
+        self.metadata = PolicyMetadata("new_embodiment", {}, self._fps, _PARTS, _PARTS, *statistics, self.action_horizon)
 
     def get_action(self, observation: dict[str, Any], noise: Any = None, prefix: ActionPrefix | None = None) -> dict[str, np.ndarray]:
         """The way to the first action and all actions; after that the last one, and `on_end` is called. With a `prefix`, what was left when the
@@ -135,6 +131,19 @@ class RecordedEpisode(Policy):
 
     def summary(self) -> dict[str, Any]:
         return {"replays": self._name}
+
+
+class RecordedEpisode(PlayedRows):
+    """The actions of an episode."""
+
+    def __init__(self, directory: Path, number: int, robot: Robot, on_end: Callable[[], None], approach_deg_s: float) -> None:
+        """Raises ConfigError for what is no data set of this arm, and for an episode that it has not."""
+        frames = _opened(directory, robot)
+        if number >= len(frames.episodes):
+            raise ConfigError(f"--episode={number}: {directory} has {len(frames.episodes)} episodes, 0 to {len(frames.episodes) - 1}.")
+        rows, task = frames.episodes[number], next(iter(frames.tasks_of(number)), "a recording without a task")
+        super().__init__(f"episode {number} of {directory}", task, frames.fps, robot, on_end, approach_deg_s)
+        self._play(frames.columns("state", rows), frames.columns("action", rows))
 
 
 def _statistics(parts: Mapping[str, np.ndarray]) -> dict[str, PartStatistics]:

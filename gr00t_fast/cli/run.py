@@ -33,13 +33,15 @@ from gr00t_fast.cli.main import EXIT_ERROR, EXIT_OK, Command
 from gr00t_fast.cli.shared_flags import RunOutputFlags, SafetyFlags
 from gr00t_fast.control.binding import RobotBinding, resolve_camera_map
 from gr00t_fast.control.limits import Poses
-from gr00t_fast.control.loop import ControlLoop, LoopOptions
+from gr00t_fast.control.loop import ControlLoop, LoopOptions, Observer
+from gr00t_fast.control.modes import Mode
 from gr00t_fast.control.pacer import FPS_RANGE
 from gr00t_fast.control.planner import DEFAULT_MAX_HOLD_S, Planner, PlannerOptions
 from gr00t_fast.control.preflight import Preflight
 from gr00t_fast.inputs.data_config import DEFAULT_DATA_CONFIG
 from gr00t_fast.inputs.dataset import read_recordings
 from gr00t_fast.options import PolicyOptions
+from gr00t_fast.record.page import PageFacts, PageView, page_address
 from gr00t_fast.record.pictures import write_pictures
 from gr00t_fast.record.progress import Progress, dry_run_table, summary
 from gr00t_fast.record.recorder import DatasetRecorder, dataset_directory, modality_of
@@ -106,7 +108,7 @@ class RunConfig(RunOutputFlags, SafetyFlags, MotionFlags, TaskFlags, ArmOptions,
     COMMON = (
         *("model_path", "embodiment_tag", "data_config", "denoising_steps", "action_horizon", "device", "engine", "server"),
         *("robot.type", "robot.port", "robot.id", "robot.cameras", "lang_instruction", "camera_map", "timeout", "episodes", "dry_run"),
-        *("controller", "home", "rest", "max_speed_deg_s", "out", "record", "video", "display", "config_path"),
+        *("controller", "home", "rest", "max_speed_deg_s", "out", "record", "video", "display", "page", "config_path"),
     )
     or_else = " Or infer on a policy server: --server=tcp://HOST:PORT."
 
@@ -145,8 +147,9 @@ class RunConfig(RunOutputFlags, SafetyFlags, MotionFlags, TaskFlags, ArmOptions,
         check_ranges(self, episodes=AT_LEAST_1, reset_time_s=(0.0, 3600.0), fps=FPS_RANGE)
         if self.timeout is not None and not (math.isfinite(self.timeout) and self.timeout >= 1 / (self.fps or FPS_RANGE[1])):
             raise ConfigError(f"--timeout={self.timeout:g} must be a number of seconds, at least one tick: the arm would not move.")
-        if self.episodes > 1 and self.timeout is None and (why := keys_obstacle()):
-            raise ConfigError(f"--episodes={self.episodes} needs --timeout=SECONDS, or the first episode would never end: there are no keys, {why}.")
+        if self.episodes > 1 and self.timeout is None and page_address(self.page) is None and (why := keys_obstacle()):
+            said = f"--episodes={self.episodes} needs --timeout=SECONDS or --page, or the first episode would never end"
+            raise ConfigError(f"{said}: there are no keys, {why}.")
 
     def _check_server(self) -> None:
         """Either a network in this process or a policy server."""
@@ -222,30 +225,39 @@ def run(config: RunConfig) -> int:
 def drive(config: RunConfig, load_policy: Callable[[Robot, Callable[[str], None]], Any], facts: RecordedFacts) -> int:
     """A run with the policy that `load_policy` makes, from the arm and a way to end the run (with the reason as a text); as `run`."""
     stop, say = StopSignals(), voice(config)
-    with contextlib.ExitStack() as recording:  # closed last: what was recorded is saved whatever happens
+    with contextlib.ExitStack() as beside:  # left last: what was recorded is saved whatever happens, and the page shows the report
         with stop, stop.raise_at_once():
             check_kept([config.out / "report.json"] if config.out is not None else [], "--out", config.overwrite)
             check_kept([config.video] if config.video is not None else [], "--video", config.overwrite)
             robot = build_robot(config)
-            recorder = recording.enter_context(build_recorder(config, robot)) if config.record else None
+            if (page := build_page(config, robot, stop)) is not None:
+                say = beside.enter_context(page).tee(say)
+            recorder = beside.enter_context(build_recorder(config, robot, say)) if config.record else None
             policy = load_policy(robot, stop.request)
             source = "checkpoint" if policy.computes else "recording"
             led = config.poses.home is not None or not policy.computes  # a replay begins where the episode did
             preflight = Preflight(robot, policy.metadata, config.preflight == "refuse", say, source, led)
             fps = preflight.before_connecting(config.fps, config.camera_map, config.action_horizon)
-            outputs = Outputs(config.out, views(config, robot, fps), config.quiet, config.json)
-            keys = keys_of_session(config)
-            session = Session(stop, keys, recorder, echo=say)
+            outputs = Outputs(config.out, views(config, robot, fps, say), config.quiet, config.json)
+            keys = keys_of_session(config, say)
+            session = Session(stop, keys, recorder, echo=say, page=page)
             begin = [preflight.connected, outputs.prepare]
+            if page is not None:
+                begin.append(lambda observation: page.connected(robot, observation))
             if recorder is not None:
                 recorder.set_rate(fps)
                 begin.append(opening(recorder, config, policy, robot, facts))
-            loop = control_loop(config, policy, robot, fps, stop, begin, outputs, session)
+            watching = [*outputs.observers, *([page] if page is not None else [])]
+            loop = control_loop(config, policy, robot, fps, stop, begin, watching, session, say)
+            if page is not None:
+                page.playing = lambda: (loop.planner.instruction, session.doing)
             if policy.computes:
                 say("warming up ...")
             loop.planner.warm_up()
             if recorder is not None:
                 recorder.wait_until_ready()
+            if page is not None:
+                page.wait_until_ready()
             say(summary(policy, robot.name, fps, config.action_horizon, config.lang_instruction))
             say("connecting to the arm ...")
         try:
@@ -263,8 +275,12 @@ def drive(config: RunConfig, load_policy: Callable[[Robot, Callable[[str], None]
         finally:
             if loop.trace.landing is not None:
                 failing = sys.exc_info()[0] is not None
-                warnings = [*preflight.warnings, *(recorder.warnings if recorder is not None else [])]
-                outputs.write(loop, settings_of(config), warnings, failing, preflight.notes)
+                warnings = [*preflight.warnings, *(recorder.warnings if recorder is not None else []), *(page.warnings if page is not None else [])]
+                try:
+                    outputs.write(loop, settings_of(config), warnings, failing, preflight.notes)
+                finally:
+                    if page is not None:
+                        page.report = outputs.shown
                 if loop.trace.dry_run is not None:
                     seen, target, limited = loop.trace.dry_run
                     table, frames = dry_run_table(robot.joint_names, seen.joints, target, limited), seen.frames
@@ -292,9 +308,9 @@ def load(config: RunConfig) -> Any:
     return RemotePolicy(config.server, config.api_token, config.server_timeout_s, config.server_reconnect_s, echo=voice(config), **options)
 
 
-def views(config: RunConfig, robot: Robot, fps: float) -> list[View]:
+def views(config: RunConfig, robot: Robot, fps: float, say: Callable[[str], None]) -> list[View]:
     """Raises MissingExtraError without imageio-ffmpeg or rerun, ConfigError for a file that cannot be written."""
-    say, target = voice(config), display_target(config.display, config.out)
+    target = display_target(config.display, config.out)
     found = [
         None if config.video is None else video_view(config.video, fps, say),
         None if target is None else display_view(target, config.lang_instruction, robot.joint_unit, robot.joint_names, robot.cameras, say),
@@ -313,22 +329,38 @@ def build_robot(config: RunConfig) -> Robot:
     return make_robot(config.robot)
 
 
-def build_recorder(config: RunConfig, robot: Robot) -> DatasetRecorder:
+def build_page(config: RunConfig, robot: Robot, stop: StopSignals) -> PageView | None:
+    """Raises MissingExtraError without NiceGUI, ConfigError for an address that cannot be had."""
+    if (address := page_address(config.page)) is None:
+        return None
+    limits_s = {Mode.HOLD: max_hold_s(config), Mode.AWAY: getattr(config.robot, "reconnect_s", None), Mode.BETWEEN: reset_time_s(config) or None}
+
+    def facts(hosts: tuple[str, ...], token: str) -> PageFacts:
+        limits = {mode: limit_s for mode, limit_s in limits_s.items() if limit_s is not None}
+        return PageFacts(robot.joint_names, robot.joint_unit, tuple(robot.cameras), config.episodes, config.timeout, limits, hosts, token)
+
+    def show_address(line: str) -> None:  # also with --quiet: nothing else holds the token
+        print(line, file=sys.stderr if config.json or config.quiet else sys.stdout, flush=True)
+
+    return PageView(address, facts, stop, voice(config), show_address)
+
+
+def build_recorder(config: RunConfig, robot: Robot, say: Callable[[str], None]) -> DatasetRecorder:
     """Raises ConfigError for a place where no data set can be written."""
     out = dataset_directory(config.record)
     here = "" if out == Path(config.record).expanduser() else f" (lerobot's place for data sets; for a directory here: --record=./{config.record})"
-    recorder = DatasetRecorder(out, config.record_append, robot.joint_names, echo=voice(config))
-    voice(config)(f"recording into {out.absolute()}{here}")
+    recorder = DatasetRecorder(out, config.record_append, robot.joint_names, echo=say)
+    say(f"recording into {out.absolute()}{here}")
     return recorder
 
 
-def keys_of_session(config: RunConfig) -> Keys | None:
+def keys_of_session(config: RunConfig, say: Callable[[str], None]) -> Keys | None:
     """Keys where there is a terminal to press them in."""
     if (why := keys_obstacle()) is None:
-        voice(config)(KEYS_HELP)
+        say(KEYS_HELP)
         return Keys()
-    if config.record or config.episodes > 1:
-        voice(config)(f"no keys: {why}. Episodes end by --timeout, the run by Ctrl-C or SIGTERM.")
+    if (config.record or config.episodes > 1) and page_address(config.page) is None:
+        say(f"no keys: {why}. Episodes end by --timeout, the run by Ctrl-C or SIGTERM.")
     return None
 
 
@@ -350,15 +382,16 @@ def control_loop(
     fps: float,
     stop: StopSignals,
     begin: Sequence[Callable[[Observation], object]],
-    outputs: Outputs,
+    watching: Sequence[Observer],
     session: Session,
+    say: Callable[[str], None],
 ) -> ControlLoop:
     """begin: what is done with the first observation, before the arm may move."""
     clock, metadata = MonotonicClock(), policy.metadata
     camera_map = resolve_camera_map(robot.cameras, metadata.resolutions, config.camera_map)
     policy.expect_cameras({camera_map[name]: (camera.width, camera.height) for name, camera in robot.cameras.items() if name in camera_map})
     binding = RobotBinding(policy.get_modality_config(), metadata.state_widths, metadata.action_widths, robot.joint_names, camera_map, fps)
-    planner = build_planner(config, policy, binding, clock, fps)
+    planner = build_planner(config, policy, binding, clock, fps, say)
     recordings = None if config.recordings is None else read_recordings(config.recordings, robot.joint_names)
     safety = replace(config.safety, recorded_units_s=recordings and tuple(recordings.fastest_units_s.tolist()))
     poses = config.poses.resolved(recordings and tuple(recordings.begin.tolist()))
@@ -373,20 +406,22 @@ def control_loop(
         config.camera_fault,
         poses,
     )
-    observers = [*outputs.observers, Progress(voice(config), tell_inferences=policy.computes)]
+    observers = [*watching, Progress(say, tell_inferences=policy.computes)]
 
     def connected(observation: Observation) -> None:
         for step in begin:
             step(observation)
 
-    return ControlLoop(robot, planner, options, clock, stop, session, connected, observers, voice(config))
+    return ControlLoop(robot, planner, options, clock, stop, session, connected, observers, say)
 
 
-def build_planner(config: RunConfig, policy: Any, binding: RobotBinding, clock: Clock, fps: float) -> Planner:
+def build_planner(
+    config: RunConfig, policy: Any, binding: RobotBinding, clock: Clock, fps: float, say: Callable[[str], None] | None = None
+) -> Planner:
     """`policy` is anything that yields actions: the network in this process, or a client of a server elsewhere, which may be away for a while."""
     recoverable = (ServerUnreachableError,) if config.server else ()
     said, options = config.lang_instruction, planner_options(config)
-    return Planner(policy, binding, said, clock, fps, options, recoverable=recoverable, echo=voice(config))
+    return Planner(policy, binding, said, clock, fps, options, recoverable=recoverable, echo=say or voice(config))
 
 
 def planner_options(config: RunConfig) -> PlannerOptions:

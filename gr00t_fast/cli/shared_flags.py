@@ -10,6 +10,7 @@ from gr00t_fast.base.errors import ConfigError
 from gr00t_fast.base.flags import OUTPUTS, Flags, setting
 from gr00t_fast.control.camera_watch import CameraFault
 from gr00t_fast.control.limits import SafetyOptions
+from gr00t_fast.record.page import BARE, page_address
 from gr00t_fast.record.views import WINDOW, display_target
 
 
@@ -58,8 +59,11 @@ class RunOutputFlags(OutputFlags):
     record_append: bool = False  # add the episodes to the data set of --record that is there
     display: str | None = setting(None, bare=WINDOW)  # show the run in rerun: in a window here, at HOST:PORT, or in FILE.rrd; kept with --out
 
+    page: str | None = setting(None, bare=BARE)  # watch, stop and judge the run in a browser: at HOST:PORT, or `open` for one here
+
     def check(self) -> None:
         super().check()
+        page_address(self.page)
         if self.record_append and not self.record:
             raise ConfigError("--record_append needs --record=DIR: the data set to continue.")
         if self.video is not None and self.video.suffix.lower() not in (".mp4", ".gif"):

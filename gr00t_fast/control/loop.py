@@ -12,7 +12,7 @@ import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -42,10 +42,11 @@ _SHOWN_ROWS = 64  # of a chunk, to those who look on; a recording that is replay
 
 
 class Observer(Protocol):
-    """Looks on at every tick (video, live view, progress). Must be quick and must not raise for reasons of its own."""
+    """Looks on at every tick (video, live view, page, progress). Must be quick and must not raise for reasons of its own."""
 
     def see(self, observation: Observation, tick: TickRecord | None = None, mode: Mode = Mode.HOLD) -> None:
-        """`tick` is None where no policy drives the arm, as between episodes."""
+        """`tick` is None where no policy drives the arm, as between episodes. Without pictures while the arm is out of reach (its last joints then)
+        and while it is put down."""
 
 
 class Session(Protocol):
@@ -133,7 +134,9 @@ class ControlLoop:
         self._due: DueTarget | None = None
         self._commanded = np.empty(0)  # the last goal that was sent (J,)
         self._playing: ActionChunk | None = None
+        self._news: tuple[Observation, TickRecord | None] | None = None  # of the present tick, for those who look on
         self._held_steps = 0  # of the policy, since the last row played
+        self._seen: Observation | None = None  # the last look
         self._seen_s, self._missed_s, self._misses = clock.now_s(), math.inf, 0  # the last reading, the first since that failed, and how many
         self._suspended_s = clock.suspended_s()
         self._last_step, self._is_step = -1, True  # of the policy's ticks
@@ -149,6 +152,7 @@ class ControlLoop:
                 self._guarded(self._connect)
                 while self.mode not in ENDS:
                     self._guarded(self._tick)
+                    self._guarded(self._show)
                     if self.mode not in ENDS:  # an arm that is to be let go is not kept waiting
                         with self.trace.timed("wait"):
                             self.pacer.wait()
@@ -345,6 +349,7 @@ class ControlLoop:
     # A tick
 
     def _tick(self) -> None:
+        self._news = None
         self.robot.keep_alive()
         steps, self._last_step = self._step - self._last_step, self._step
         self._is_step = steps > 0
@@ -369,7 +374,7 @@ class ControlLoop:
         elif pictures:
             if began in (Mode.HOLD, Mode.PLAY) and self.mode in (Mode.HOLD, Mode.PLAY):
                 self._plan(observation)
-            self._show(observation, target, sent_s)
+            self._note(observation, target, sent_s)
 
     def _send(self, target: np.ndarray | None) -> MissedReadingError | None:
         """The only way to the arm. Returns why the goal did not leave, if it did not: the look that follows says whether the bus is sound."""
@@ -501,8 +506,8 @@ class ControlLoop:
             self._asked = observation
             self.planner.ask(observation, self._step)
 
-    def _show(self, observation: Observation, target: np.ndarray | None, sent_s: float) -> None:
-        """The tick to the trace, the recording and those who look on."""
+    def _note(self, observation: Observation, target: np.ndarray | None, sent_s: float) -> None:
+        """The tick to the trace and the recording."""
         record = None
         self._held_steps = 0 if self.mode is Mode.PLAY else self._held_steps + 1
         if self.mode is Mode.PLAY or (self.mode is Mode.HOLD and len(self.trace) > self._first_row):
@@ -512,6 +517,13 @@ class ControlLoop:
             self.trace.add_tick(observation.joints, wanted, commanded, sent_s, age, underrun)
             record = self._record(wanted, commanded, sent_s, age, underrun) if self.observers else None
             self.session.see(observation, commanded, underrun)
+        self._news = observation, record
+
+    def _show(self) -> None:
+        """The tick to those who look on."""
+        if not self._is_step or self._seen is None:
+            return
+        observation, record = self._news or (replace(self._seen, frames={}), None)
         for observer in self.observers:
             observer.see(observation, record, self.mode)
 

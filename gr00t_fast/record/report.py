@@ -340,6 +340,7 @@ class Outputs:
                 raise MissingExtraError(f"--out draws joints.png with matplotlib, which is not installed: {install_command('plots')}")
         self._first: Mapping[str, np.ndarray] = {}  # pictures of the run
         self._last: Mapping[str, np.ndarray] = {}
+        self.shown = ""  # of the report, as it was printed
         self._stack = ExitStack()
 
     @property
@@ -395,6 +396,7 @@ class Outputs:
             print(json.dumps(_strict(report), allow_nan=False), flush=True)
 
     def _say(self, text: str) -> None:
+        self.shown += text
         print(text, end="", flush=True, file=sys.stderr if self._as_json else sys.stdout)
 
     def _write_files(self, loop: ControlLoop, report: Mapping[str, Any]) -> list[Path]:

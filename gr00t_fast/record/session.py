@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gr00t_fast.base.contracts import Observation
 from gr00t_fast.base.keyboard import BACKSPACE, ENTER, ESCAPE, LEFT, RIGHT, SPACE, Keys
 from gr00t_fast.base.signals import StopSignals
+
+if TYPE_CHECKING:
+    from gr00t_fast.record.page import PageView
 
 KEYS_HELP = (
     "keys: space pauses and goes on, right arrow ends the episode, left arrow plays it again, s success, f failure, Esc stops; between episodes t: "
@@ -32,8 +35,9 @@ class Session:
         recorder: Any = None,
         echo: Callable[[str], None] = print,
         now_s: Callable[[], float] = time.monotonic,
+        page: PageView | None = None,
     ) -> None:
-        self._stop, self._keys, self._recorder, self._echo, self._now_s = stop, keys, recorder, echo, now_s
+        self._stop, self._keys, self._recorder, self._echo, self._now_s, self._page = stop, keys, recorder, echo, now_s, page
         self._last_key, self._last_key_s = "", float("-inf")
         self._typed: str | None = None  # of an instruction that is being typed
         self._playing, self._settled = False, True
@@ -61,9 +65,9 @@ class Session:
 
     def poll(self) -> None:
         """Take note of what was pressed."""
-        if self._keys is None:
-            return
-        for key in self._keys.poll():
+        for what, value in self._page.poll() if self._page is not None else ():
+            self._pressed(value) if what == "key" else self._instruct(value)
+        for key in self._keys.poll() if self._keys is not None else ():
             now_s = self._now_s()
             repeated = self._typed is None and key == self._last_key and now_s - self._last_key_s < _REPEAT_S
             self._last_key, self._last_key_s = key, now_s
@@ -87,6 +91,11 @@ class Session:
     def typing(self) -> bool:
         """Whether an instruction is being typed."""
         return self._typed is not None
+
+    @property
+    def doing(self) -> str:
+        """What the next episode waits for, for people; empty: nothing here."""
+        return "an instruction is being typed" if self.typing else "the recording is being saved" if self._busy_since_s is not None else ""
 
     @property
     def waits(self) -> bool:
@@ -137,12 +146,14 @@ class Session:
             self._echo("new instruction (Enter: take it, Esc: keep the old one; the arm holds its pose):")
             self._type("", "")
 
+    def _instruct(self, text: str) -> None:
+        self.instruction = text.strip() or None
+        self._echo(f"\ninstruction of the next episode: {self.instruction!r}" if self.instruction else "\nthe instruction stays")
+
     def _type(self, key: str, typed: str) -> None:
-        if key == ENTER:
-            self.instruction = typed.strip() or None
         if key in (ENTER, ESCAPE):
             self._typed = None
-            self._echo(f"\ninstruction: {self.instruction!r}" if key == ENTER and self.instruction else "\nthe instruction stays")
+            self._instruct(typed if key == ENTER else "")
             return
         self._typed = typed[:-1] if key == BACKSPACE else typed + key * (len(key) <= 1)
         print(f"\r> {self._typed}\x1b[K", end="", file=sys.stderr, flush=True)  # standard output is --json's; \x1b[K clears the rest of the line

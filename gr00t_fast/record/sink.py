@@ -70,6 +70,11 @@ class Sink:
         return self.running and self._done < self._given
 
     @property
+    def backlog(self) -> int:
+        """How many calls it has not answered yet."""
+        return self._given - self._done
+
+    @property
     def silent_s(self) -> float:
         """How long it has done nothing of what it was given; 0 when it has done everything."""
         return time.monotonic() - self._heard_s if self.pending else 0.0
