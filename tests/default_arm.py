@@ -20,15 +20,16 @@ import time
 import traceback
 from typing import Any
 
-import lerobot.robots.so_follower  # noqa: F401 - before the fork
 import numpy as np
-import scservo_sdk  # noqa: F401
 from control_fakes import FakeClock, FakePolicy, modality_config
 
 from gr00t_fast.base.contracts import Robot
 from gr00t_fast.cli import replay
 from gr00t_fast.cli import run as run_command
 from gr00t_fast.cli.main import Command
+
+if __name__ == "__main__":  # before the fork, and not in the processes beside a run
+    import scservo_sdk  # noqa: F401
 
 REACHED = np.array([25.0, -45.0, 20.0, 45.0, -60.0, 40.0])
 STEP = 1.5  # degrees a row: 45 a second

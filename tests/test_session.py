@@ -158,12 +158,12 @@ def test_what_becomes_of_episodes(pressed: dict[int, list[str]], options: dict[s
 def test_every_run_in_a_terminal_has_keys(terminal: tuple[int, int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Also one episode that is not recorded."""
     config = run.parse(["--robot.type=so100_sim", "--model_path=m", "--lang_instruction=go"])
-    assert run.keys_of_session(config) is None
+    assert run.keys_of_session(config, print) is None
     assert "no keys" not in capsys.readouterr().out, "none were asked for"
     monkeypatch.setattr(run, "keys_obstacle", lambda: None)
     with os.fdopen(os.dup(terminal[1])) as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
-        assert isinstance(run.keys_of_session(config), Keys)
+        assert isinstance(run.keys_of_session(config, print), Keys)
     assert "Esc stops" in capsys.readouterr().out
 
 

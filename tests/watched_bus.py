@@ -36,6 +36,7 @@ class WatchedBus:
                 servo.write(Register.TORQUE_ENABLE, b"\1")
         self._bus.start()
         self._samples: list[Sample] = []
+        self._goals: list[tuple[float, list[int]]] = []
         self._ended = False
         self._sampler = threading.Thread(target=self._sample, daemon=True)
         self._sampler.start()
@@ -43,6 +44,9 @@ class WatchedBus:
     def _sample(self) -> None:
         while not self._ended:
             self._samples.append((time.monotonic(), all(self._bus.torque().values()), self.joints()))
+            goals = [servo.word(Register.GOAL_POSITION) for servo in self._bus.servos]
+            if not self._goals or goals != self._goals[-1][1]:
+                self._goals.append((time.monotonic(), goals))
             time.sleep(SAMPLE_S)
 
     def port(self) -> str:
@@ -52,6 +56,10 @@ class WatchedBus:
         """(6,) where the shafts are, in degrees and gripper per cent."""
         pairs = zip(SO100_JOINTS, self._bus.servos, strict=True)
         return np.array([to_units(joint, self._bus.calibration[joint], servo.position) for joint, servo in pairs])
+
+    def goal_changes(self) -> list[tuple[float, list[int]]]:
+        """When the goals of the servos changed, on the monotonic clock, and to what, in steps."""
+        return self._goals
 
     def torque(self) -> dict[str, int]:
         return self._bus.torque()

@@ -108,7 +108,7 @@ class RunConfig(RunOutputFlags, SafetyFlags, MotionFlags, TaskFlags, ArmOptions,
     COMMON = (
         *("model_path", "embodiment_tag", "data_config", "denoising_steps", "action_horizon", "device", "engine", "server"),
         *("robot.type", "robot.port", "robot.id", "robot.cameras", "lang_instruction", "camera_map", "timeout", "episodes", "dry_run"),
-        *("controller", "home", "rest", "max_speed_deg_s", "out", "record", "video", "display", "page", "config_path"),
+        *("controller", "home", "rest", "max_speed_deg_s", "out", "record", "video", "page", "config_path"),
     )
     or_else = " Or infer on a policy server: --server=tcp://HOST:PORT."
 

@@ -29,7 +29,7 @@ BARE = f"{HERE}:{DEFAULT_PORT}"  # what `--page` without a value means
 _OFF = ("false", "no", "off", "0")
 _ADDRESS = re.compile(r"(?P<host>\[[\da-fA-F:.%]+\]|[\w.-]*):(?P<port>\d{1,5})|(?P<only>\d{1,5})")
 _PICTURE_S = 0.1  # between two pictures of a camera
-_START_S, _FINISH_S = 10.0, 5.0
+_START_S, _FINISH_S = 30.0, 5.0  # to start: on a slow disk or a busy machine; the arm is not powered yet
 _MOST_WAITING = 50  # calls that the page has not answered: beyond, it hangs and is told no more words
 _PATIENT_LINES = 200
 
