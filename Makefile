@@ -21,7 +21,7 @@ INSTALL_LEROBOT_06 = PIP_CONSTRAINT="$(CURDIR)/requirements/constraints-py312.tx
 DEMO := outputs/demo
 RUN_DEMO := so100_inference_optimized.py --config_path=configs/so100_sim.yaml --model_path=checkpoints/so100-sim-reach --timeout=3 --episodes=3 --seed=0
 
-.PHONY: help demo test test-again test-lerobot-0.6 demo-python3.13 test-python3.13 python312 python313 test-ray soak lint bench gpu-check clean
+.PHONY: help demo test test-again test-page test-lerobot-0.6 demo-python3.13 test-python3.13 python312 python313 test-ray soak lint bench gpu-check clean
 
 help:
 	@echo "make demo       a simulated SO-100, reaches for blocks, driven from its camera by a small trained network; leaves a video, a plot and a report"
@@ -29,6 +29,7 @@ help:
 	@echo "make test-again what failed of 'make test', one after the other: a fault fails again, a neighbour's load does not"
 	@echo "make test-lerobot-0.6   the tests of the arm with lerobot 0.6, which needs Python 3.12, in .venv312"
 	@echo "make demo-python3.13, test-python3.13   the demo, and quick tests of control loop and arm, on Python 3.13, in .venv313"
+	@echo "make test-page  the page of a run in a real browser, Chromium"
 	@echo "make test-ray   the service on a local Ray cluster"
 	@echo "make soak       the long forms of some tests, several minutes on a quiet machine"
 	@echo "make lint       ruff, mypy, and the import arrow"
@@ -65,6 +66,12 @@ demo-python3.13: .venv313/.robottest
 
 test-python3.13: .venv313/.robottest
 	OMP_NUM_THREADS=1 .venv313/bin/python $(TEST) $(QUICK_TESTS)
+
+# Chromium and its driver are installed where that is possible without a question; otherwise the tests are skipped, and say so.
+test-page: .venv/.dev
+	@command -v chromedriver >/dev/null || { as_root=$$([ "$$(id -u)" = 0 ] || echo sudo -n); $$as_root apt-get install --yes --quiet --no-install-recommends \
+		chromium chromium-driver >/dev/null 2>&1; } || echo "SKIPPED: the page in a browser, for want of Chromium and chromedriver."
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/test_page_browser.py
 
 test-ray: .venv/.ray
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_ray_serve.py

@@ -36,7 +36,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 DRIVER = shutil.which("chromedriver")
 STOPS = int(os.environ.get("GR00T_FAST_PAGE_STOPS", "3"))
 PICTURES = os.environ.get("GR00T_FAST_PAGE_PICTURES")
-PHONE = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+PHONE = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
 TAG = "Pick <b>up</b> the <script>cube</script>"
 
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium with its driver: apt-get install chromium chromium-driver")

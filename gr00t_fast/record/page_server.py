@@ -46,7 +46,7 @@ _HEAD = """
  body { font: 16px/1.4 system-ui, sans-serif }
  .nicegui-content { padding: .6rem .6rem 11rem; gap: .6rem; max-width: 90rem; margin: auto; width: 100% }
  .sides { display: flex; flex-wrap: wrap; gap: 1rem; width: 100% } .sides > * { flex: 1 1 21rem; min-width: 0 }
- .cameras { display: flex; flex-wrap: wrap; gap: .6rem; align-content: start } .cameras figure { margin: 0; flex: 1 1 17rem }
+ .cameras { display: flex; flex-wrap: wrap; gap: .6rem; align-content: start } .cameras figure { margin: 0; flex: 1 1 9rem }
  .cameras img { width: 100%; max-height: 62vh; object-fit: contain; object-position: left; min-height: 3rem; display: block }
  figcaption { font-size: .85rem; opacity: .7 } .bars { width: 100% } .bars svg { width: 100%; height: auto; display: block }
  .why { font-size: 1.05rem; font-weight: 600 } .facts { font-variant-numeric: tabular-nums; white-space: pre-line }
