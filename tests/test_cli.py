@@ -88,6 +88,7 @@ BAD = {
     "unquoted instruction": (["--lang_instruction=pick", "the", "cube"], "needs quotes"),
     "setting of programs alone": ([*SIM, "--robot.servo_lag_ms=150"], "unknown flag '--robot.servo_lag_ms'"),
     "flag of another robot": ([*SIM, "--robot.port=/dev/x"], "does not apply to --robot.type=so100_sim"),
+    "two arms of lerobot's": (["--robot.type=bi_so101_follower", *SIM[1:]], "drives one arm"),
     "lerobot's old name of the arm": (["--robot.type=so100", *SIM[1:]], "It is called so100_follower now"),
     "no instruction": (SIM[:2], "--lang_instruction is missing"),
     "not an int": ([*SIM, "--denoising_steps=two"], "--denoising_steps: 'two' is not a whole number"),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
 import inspect
 import json
 import os
+import pty
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 import virtual_camera
+from waiting import until
 
 from gr00t_fast import load_policy
 from gr00t_fast.base.contracts import SO100_JOINTS, ActionPrefix
@@ -161,16 +165,29 @@ def test_what_cannot_be_used_is_refused(plugin: Any, checkpoint: Path) -> None:
 PICTURE = np.random.default_rng(0).integers(0, 255, (CAMERA[1], CAMERA[0], 3), dtype=np.uint8)
 
 
-@pytest.fixture
-def bus(tmp_path: Path) -> Iterator[Path]:
-    """A virtual bus in another process, with its calibration file and a virtual camera in the same directory."""
-    virtual_camera.build_plugin(tmp_path)
-    virtual_camera.write_camera(tmp_path, 0, PICTURE)
-    command = [sys.executable, "-m", "gr00t_fast", "bus", f"--link={tmp_path / 'port'}", f"--write_calibration={tmp_path}"]
+@contextlib.contextmanager
+def served(directory: Path) -> Iterator[Path]:
+    """A virtual bus in another process, with its calibration file in `directory`."""
+    command = [sys.executable, "-m", "gr00t_fast", "bus", f"--link={directory / 'port'}", f"--write_calibration={directory}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert "Virtual servo bus" in process.stdout.readline()
-        yield tmp_path
+        yield directory
         process.terminate()
+
+
+@pytest.fixture
+def bus(tmp_path: Path) -> Iterator[Path]:
+    """And a virtual camera."""
+    virtual_camera.build_plugin(tmp_path)
+    virtual_camera.write_camera(tmp_path, 0, PICTURE)
+    with served(tmp_path) as directory:
+        yield directory
+
+
+def environment_of(bus: Path, installed: Path) -> dict[str, str]:
+    paths = os.pathsep.join([str(installed), str(ROOT)])
+    home = {"HF_HOME": str(bus / "home"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    return {**virtual_camera.plugin_environment(bus), **home}
 
 
 def lerobot_command(directory: Path, checkpoint: Path) -> list[str]:
@@ -192,11 +209,8 @@ def lerobot_command(directory: Path, checkpoint: Path) -> list[str]:
 def test_lerobots_own_program_drives_the_arm_with_our_actions(installed: Path, checkpoint: Path, bus: Path) -> None:
     import pyarrow.parquet
 
-    paths = os.pathsep.join([str(installed), str(ROOT)])
-    home = {"HF_HOME": str(bus / "home"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    environment = {**virtual_camera.plugin_environment(bus), **home}
     command = lerobot_command(bus, checkpoint)
-    done = subprocess.run(command, env=environment, cwd=bus, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    done = subprocess.run(command, env=environment_of(bus, installed), cwd=bus, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     (root,) = [path.parent.parent for path in bus.rglob("meta/info.json")]  # 0.6 adds a time stamp to the name
     assert json.loads((root / "meta" / "info.json").read_text())["robot_type"] == "so_follower"
@@ -213,3 +227,67 @@ def test_lerobots_own_program_drives_the_arm_with_our_actions(installed: Path, c
         assert np.array_equal(recorded, wanted), f"frame {start}: {np.abs(recorded - wanted).max()}"
     joints = send_command(bus / "port.ctl", "state")["ok"]["joints"]
     assert [state["torque"] for state in joints.values()] == [0] * 6
+
+
+def joints_of(directory: Path) -> dict[str, Any]:
+    return send_command(directory / "port.ctl", "state")["ok"]["joints"]
+
+
+@pytest.mark.skipif(not ROLLOUT, reason="lerobot has this since 0.6")
+@pytest.mark.skipif(virtual_camera.compiler() is None, reason="needs a C compiler for the virtual camera (apt install gcc)")
+def test_a_person_takes_over_with_a_leader_arm_and_gives_back(installed: Path, checkpoint: Path, bus: Path) -> None:
+    """lerobot's DAgger strategy with our policy: Space pauses, and the leader goes to where the follower is; Tab corrects with the leader, Tab keeps
+    the correction as an episode, Space gives back to the policy, Esc ends. The leader is a second virtual arm, which is moved by hand."""
+    import pyarrow.parquet
+
+    leader = bus / "leader"
+    leader.mkdir()
+    command = [word.replace("--strategy.type=episodic", "--strategy.type=dagger") for word in lerobot_command(bus, checkpoint)]
+    command = [word for word in command if not word.startswith(("--dataset.num_episodes", "--dataset.episode_time_s", "--dataset.reset_time_s"))]
+    command += ["--strategy.num_episodes=2", "--teleop.type=so101_leader", f"--teleop.port={leader / 'port'}", "--teleop.id=virtual"]
+    command += [f"--teleop.calibration_dir={leader}"]
+    terminal, theirs = pty.openpty()
+    environment = {name: value for name, value in environment_of(bus, installed).items() if name not in ("DISPLAY", "WAYLAND_DISPLAY")}
+    log = bus / "log"
+    with served(leader), log.open("w") as out:
+        process = subprocess.Popen(command, env=environment, cwd=bus, stdin=theirs, stdout=out, stderr=out, start_new_session=True)
+
+        def says(words: str, times: int = 1) -> None:
+            until(lambda: log.read_text().count(words) >= times or process.poll() is not None, f"it says {words!r}")
+            assert log.read_text().count(words) >= times, log.read_text()[-4000:]
+
+        try:
+            says("DAgger corrections-only recording started")
+            before = joints_of(bus)
+            until(lambda: any(abs(joint["position"] - before[name]["position"]) > 20 for name, joint in joints_of(bus).items()), "the policy drives")
+            os.write(terminal, b" ")
+            says("-> paused")
+            until(lambda: joints_of(leader)["elbow_flex"]["torque"] == 1, "the leader follows")
+            os.write(terminal, b"\t")
+            says("-> correcting")
+            until(lambda: joints_of(leader)["elbow_flex"]["torque"] == 0, "the leader can be moved")
+            start = joints_of(bus)["shoulder_pan"]["position"]
+            for _ in range(8):
+                send_command(leader / "port.ctl", "push shoulder_pan 3")
+                time.sleep(0.1)
+            until(lambda: abs(joints_of(bus)["shoulder_pan"]["position"] - start) > 100, "the follower does what the leader does")
+            os.write(terminal, b"\t")
+            says("Correction 1/2 saved")
+            os.write(terminal, b" ")
+            says("-> autonomous")
+            held = joints_of(bus)["shoulder_pan"]["position"]
+            until(lambda: abs(joints_of(bus)["shoulder_pan"]["position"] - held) > 5, "the policy drives again")
+            os.write(terminal, b"\x1b")
+            process.wait(120)
+        finally:
+            process.kill()
+            os.close(terminal)
+            os.close(theirs)
+    assert process.returncode == 0, log.read_text()[-4000:]
+    (root,) = [path.parent.parent for path in bus.rglob("meta/info.json")]
+    (file,) = root.glob("data/*/*.parquet")
+    table = pyarrow.parquet.read_table(file).to_pylist()
+    assert table
+    assert all(row["intervention"] in (True, [True]) for row in table), "what the policy did is not among the corrections"
+    pan = [row["action"][0] for row in table]
+    assert max(pan) - min(pan) > 10, "the correction"

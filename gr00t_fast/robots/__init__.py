@@ -50,11 +50,20 @@ class SimCameraConfig(CameraConfig, type="sim"):
     view: Literal["front", "wrist"] = "front"
 
 
+_ONE_ARM = (
+    "gr00t_fast drives one arm. For a policy of two arms use lerobot-rollout with NVIDIA's or lerobot's own policy."
+)
+
+
 @dataclass
 class RobotConfig(Choice):
     """An arm by `type`."""
 
-    former: ClassVar = {"so100": "so100_follower", "so101": "so101_follower"}  # lerobot's before version 0.2
+    instead: ClassVar = {
+        **{former: f"It is called {former}_follower now." for former in ("so100", "so101")},  # lerobot's before version 0.2
+        **dict.fromkeys(("bi_so_follower", "bi_so100_follower", "bi_so101_follower"), _ONE_ARM),
+        **dict.fromkeys(("lekiwi", "lekiwi_client"), "gr00t_fast drives an SO-100 or SO-101 on a table, without a mobile base."),
+    }
 
     id: str | None = None  # names the calibration file
     calibration_dir: Path | None = None  # where that file is; default: where lerobot keeps it

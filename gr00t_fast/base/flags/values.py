@@ -20,8 +20,8 @@ def value_of(where: str, flag: Flag, raw: Any) -> Any:
     if flag.kind == "list" and isinstance(raw, str):
         inner = raw[1:-1] if raw.startswith("[") and raw.endswith("]") else raw
         raw = [raw] if flag.extra.get("whole_words") else [each.strip() for each in inner.split(",") if each.strip()]
-    if ours := flag.extra.get("former", {}).get(str(raw)):
-        raise ConfigError(f"{where}={raw} is not one of {', '.join(words_of(flag.hint))}. It is called {ours} now.")
+    if instead := flag.extra.get("instead", {}).get(str(raw)):
+        raise ConfigError(f"{where}={raw} is not one of {', '.join(words_of(flag.hint))}. {instead}")
     return _typed(where, flag.hint, raw)
 
 

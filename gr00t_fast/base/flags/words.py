@@ -46,7 +46,7 @@ class Choice:
 
     types: ClassVar[dict[str, type]]
     type_name: ClassVar[str] = ""
-    former: ClassVar[Mapping[str, str]] = {}  # names that types had -> as they are called now
+    instead: ClassVar[Mapping[str, str]] = {}  # names that are no types here -> a sentence of what to do
 
     def __init_subclass__(cls, type: str = "") -> None:
         if Choice in cls.__bases__:
@@ -111,8 +111,8 @@ def _flags_below(config_class: type) -> Iterator[Flag]:
 
 def _choice_flags(field: Flag, base: type[Choice]) -> Iterator[Flag]:
     classes, merged = base.types, dict[str, Flag]()
-    words, former = Literal[tuple(sorted(classes))], {"former": base.former}
-    yield dataclasses.replace(field, name=f"{field.name}.type", hint=words, help=f"which {field.name}", extra=former)
+    words, extra = Literal[tuple(sorted(classes))], {"instead": base.instead}
+    yield dataclasses.replace(field, name=f"{field.name}.type", hint=words, help=f"which {field.name}", extra=extra)
     for type_name, choice_class in classes.items():
         for flag in fields_of(choice_class):
             known = merged.get(flag.name, dataclasses.replace(flag, name=f"{field.name}.{flag.name}", group=field.group))
