@@ -5,6 +5,7 @@ What is pressed there comes back as what a key or a signal is. The page can hold
 
 from __future__ import annotations
 
+import errno
 import queue
 import re
 import secrets
@@ -95,9 +96,11 @@ def listen(address: PageAddress) -> socket.socket:
         sock.listen(64)
     except OSError as error:
         sock.close()
-        other = f"--page={address.host}:{address.port + 1 if address.port < 65535 else DEFAULT_PORT}"
-        reason = f"cannot be had: {error.strerror or error}. Another program, or another run, may use it. Choose another one, such as {other}."
-        raise ConfigError(f"--page: {address.host}:{address.port} {reason}") from error
+        other = f"{HERE}:{address.port}"
+        if error.errno == errno.EADDRINUSE:
+            other = f"{address.host}:{address.port + 1 if address.port < 65535 else DEFAULT_PORT}"
+        said = f"--page: {address.host}:{address.port} cannot be had: {error.strerror or error}."
+        raise ConfigError(f"{said} Take another address of this computer, such as --page={other}.") from error
     return sock
 
 

@@ -50,9 +50,7 @@ class SimCameraConfig(CameraConfig, type="sim"):
     view: Literal["front", "wrist"] = "front"
 
 
-_ONE_ARM = (
-    "gr00t_fast drives one arm. For a policy of two arms use lerobot-rollout with NVIDIA's or lerobot's own policy."
-)
+_ONE_ARM = "gr00t_fast drives one arm. For a policy of two arms use lerobot-rollout with NVIDIA's or lerobot's own policy."
 
 
 @dataclass
