@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import queue
 import re
-import secrets
 import socket
 import time
 import webbrowser
@@ -24,8 +23,9 @@ from gr00t_fast.base.signals import StopSignals
 from gr00t_fast.control.modes import Mode
 from gr00t_fast.control.trace import TickRecord
 from gr00t_fast.record.views import Echo, View, desktop_obstacle
+from gr00t_fast.record.web import HERE, names_of
 
-HERE, DEFAULT_PORT, OPEN = "127.0.0.1", 8100, "open"
+DEFAULT_PORT, OPEN = 8100, "open"
 BARE = f"{HERE}:{DEFAULT_PORT}"  # what `--page` without a value means
 _OFF = ("false", "no", "off", "0")
 _ADDRESS = re.compile(r"(?P<host>\[[\da-fA-F:.%]+\]|[\w.-]*):(?P<port>\d{1,5})|(?P<only>\d{1,5})")
@@ -118,12 +118,8 @@ class PageView(View):
         from gr00t_fast.record.page_server import PageServer
 
         self._socket = listen(address)
-        host, port = self._socket.getsockname()[:2]
-        local = host in (HERE, "::1")
-        token = "" if local else secrets.token_urlsafe(16)
-        names = (HERE, "localhost", "::1") if local else (socket.gethostname(), f"{socket.gethostname()}.local")
-        super().__init__("--page", PageServer, self._socket, facts(names, token), echo=echo)
-        self.url = f"http://{_shown(host)}:{port}/" + (f"?token={token}" if token else "")
+        hosts, token, self.url = names_of(self._socket)
+        super().__init__("--page", PageServer, self._socket, facts(hosts, token), echo=echo)
         self.playing: Callable[[], tuple[str, str]] = lambda: ("", "")  # the instruction, and what the next episode waits for
         self.report = ""  # as it was printed, once the run is over
         self._opens, self._stop, self._show_address = address.opens, stop, show_address
@@ -205,15 +201,3 @@ def require_nicegui() -> None:
 
     if importlib.util.find_spec("nicegui") is None:
         require("nicegui", "page")
-
-
-def _shown(host: str) -> str:
-    """What another machine can call this one: of an address that stands for all, the one that has the way out."""
-    if host in ("0.0.0.0", "::"):
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            try:
-                sock.connect(("192.0.2.1", 9))  # a documentation address (RFC 5737): nothing is sent
-                host = sock.getsockname()[0]
-            except OSError:
-                host = socket.gethostname()
-    return f"[{host}]" if ":" in host else host

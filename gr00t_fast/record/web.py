@@ -22,6 +22,7 @@ import numpy as np
 
 from gr00t_fast.base.errors import require
 
+HERE = "127.0.0.1"
 REFRESH_S = 0.1
 _MOST_CLIENTS = 8
 _MOST_PAGES = 24  # that were asked for and not closed yet, those without a socket among them
@@ -199,3 +200,24 @@ async def _answer(kind: str, receive: Any, send: Any, status: int, text: str, mo
 def _figure(camera: str) -> str:
     name, url = html.escape(camera), html.escape(f"/camera/{quote(camera)}")
     return f'<figure><img alt="{name}" data-url="{url}"><figcaption>{name}</figcaption></figure>'
+
+
+def names_of(sock: socket.socket) -> tuple[tuple[str, ...], str, str]:
+    """Of a socket that listens: what a browser may call this machine, the token that it needs or "", and the address to open."""
+    host, port = sock.getsockname()[:2]
+    local = host in (HERE, "::1")
+    token = "" if local else secrets.token_urlsafe(16)
+    names = (HERE, "localhost", "::1") if local else (socket.gethostname(), f"{socket.gethostname()}.local")
+    return names, token, f"http://{_shown(host)}:{port}/" + (f"?token={token}" if token else "")
+
+
+def _shown(host: str) -> str:
+    """What another machine can call this one: of an address that stands for all, the one that has the way out."""
+    if host in ("0.0.0.0", "::"):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            try:
+                sock.connect(("192.0.2.1", 9))  # a documentation address (RFC 5737): nothing is sent
+                host = sock.getsockname()[0]
+            except OSError:
+                host = socket.gethostname()
+    return f"[{host}]" if ":" in host else host
