@@ -108,6 +108,8 @@ class RunConfig(RunOutputFlags, SafetyFlags, MotionFlags, TaskFlags, ArmOptions,
         *("robot.type", "robot.port", "robot.id", "robot.cameras", "lang_instruction", "camera_map", "timeout", "episodes", "dry_run"),
         *("controller", "home", "rest", "max_speed_deg_s", "out", "record", "video", "display", "config_path"),
     )
+    blind: bool = flags.setting(False, flag=False)  # of trials: nothing that is shown tells of settings or what follows from them
+
     or_else = " Or infer on a policy server: --server=tcp://HOST:PORT."
 
     def needs_checkpoint(self) -> bool:
@@ -219,8 +221,14 @@ def run(config: RunConfig) -> int:
     return drive(config, load_policy, RecordedFacts({name: getattr(config, name) for name in _RECORDED_FACTS}))
 
 
-def drive(config: RunConfig, load_policy: Callable[[Robot, Callable[[str], None]], Any], facts: RecordedFacts) -> int:
-    """A run with the policy that `load_policy` makes, from the arm and a way to end the run (with the reason as a text); as `run`."""
+def drive(
+    config: RunConfig,
+    load_policy: Callable[[Robot, Callable[[str], None]], Any],
+    facts: RecordedFacts,
+    session_of: Callable[..., Session] = Session,
+) -> int:
+    """A run with the policy that `load_policy` makes, from the arm and a way to end the run (with the reason as a text); as `run`. session_of: makes
+    the session, with the arguments of `Session`."""
     stop, say = StopSignals(), voice(config)
     with contextlib.ExitStack() as recording:  # closed last: what was recorded is saved whatever happens
         with stop, stop.raise_at_once():
@@ -233,9 +241,9 @@ def drive(config: RunConfig, load_policy: Callable[[Robot, Callable[[str], None]
             led = config.poses.home is not None or not policy.computes  # a replay begins where the episode did
             preflight = Preflight(robot, policy.metadata, config.preflight == "refuse", say, source, led)
             fps = preflight.before_connecting(config.fps, config.camera_map, config.action_horizon)
-            outputs = Outputs(config.out, views(config, robot, fps), config.quiet, config.json)
+            outputs = Outputs(config.out, views(config, robot, fps), config.quiet, config.json, config.blind)
             keys = keys_of_session(config)
-            session = Session(stop, keys, recorder, echo=say)
+            session = session_of(stop, keys, recorder, echo=say)
             begin = [preflight.connected, outputs.prepare]
             if recorder is not None:
                 recorder.set_rate(fps)
@@ -246,7 +254,8 @@ def drive(config: RunConfig, load_policy: Callable[[Robot, Callable[[str], None]
             loop.planner.warm_up()
             if recorder is not None:
                 recorder.wait_until_ready()
-            say(summary(policy, robot.name, fps, config.action_horizon, config.lang_instruction))
+            if not config.blind:
+                say(summary(policy, robot.name, fps, config.action_horizon, config.lang_instruction))
             say("connecting to the arm ...")
         try:
             with outputs:
@@ -325,7 +334,8 @@ def build_recorder(config: RunConfig, robot: Robot) -> DatasetRecorder:
 def keys_of_session(config: RunConfig) -> Keys | None:
     """Keys where there is a terminal to press them in."""
     if (why := keys_obstacle()) is None:
-        voice(config)(KEYS_HELP)
+        if not config.blind:  # trials have keys of their own
+            voice(config)(KEYS_HELP)
         return Keys()
     if config.record or config.episodes > 1:
         voice(config)(f"no keys: {why}. Episodes end by --timeout, the run by Ctrl-C or SIGTERM.")
@@ -373,7 +383,7 @@ def control_loop(
         config.camera_fault,
         poses,
     )
-    observers = [*outputs.observers, Progress(voice(config), tell_inferences=policy.computes)]
+    observers = [*outputs.observers, *([] if config.blind else [Progress(voice(config), tell_inferences=policy.computes)])]
 
     def connected(observation: Observation) -> None:
         for step in begin:
@@ -386,7 +396,8 @@ def build_planner(config: RunConfig, policy: Any, binding: RobotBinding, clock: 
     """`policy` is anything that yields actions: the network in this process, or a client of a server elsewhere, which may be away for a while."""
     recoverable = (ServerUnreachableError,) if config.server else ()
     said, options = config.lang_instruction, planner_options(config)
-    return Planner(policy, binding, said, clock, fps, options, recoverable=recoverable, echo=voice(config))
+    echo = voice(replace(config, quiet=True) if config.blind else config)  # what the controller chooses, and why
+    return Planner(policy, binding, said, clock, fps, options, recoverable=recoverable, echo=echo)
 
 
 def planner_options(config: RunConfig) -> PlannerOptions:
