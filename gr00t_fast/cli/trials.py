@@ -164,9 +164,11 @@ def _play(study: Study, number: int, wanted: RunConfig, policies: Policies) -> i
             _judge(trial, session, wanted, name)
             study.write()
         code = code if code or session.stopped else None
-    while thread_left_running():  # an inference that the end of the trial did not wait for is still with its policy
-        time.sleep(0.05)
     say(f"{name}: {f'does not count ({trial.excluded})' if trial.excluded else 'success' if trial.success else 'failure'}")
+    if thread_left_running() and code is None:
+        say("waiting for an inference that still runs; Ctrl-C ends the study")
+        while thread_left_running():  # one thread at a time may call a policy
+            time.sleep(0.05)
     return code
 
 
