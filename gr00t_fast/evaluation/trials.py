@@ -243,7 +243,7 @@ def sections(result: Mapping[str, Any]) -> list[Section]:
         Section("settings", (), [(name.upper(), flags or "as the other flags say") for name, flags in result["flags"].items()]),
         Section("result", ("", *columns), rows, notes),
         Section("trials that do not count", ("does not count", *columns), left_out or [("none", *[0] * len(columns))]),
-        Section("what follows", (), told),
+        Section("conclusion", (), told),
     ]
 
 
