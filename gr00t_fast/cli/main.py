@@ -38,6 +38,7 @@ COMMANDS = {
     "replay": ("replay:main", "play the actions of a recorded episode on an arm"),
     "eval": ("eval:main", "compare a checkpoint's actions with those of a recorded data set"),
     "compare": ("compare:main", "set two runs side by side"),
+    "trials": ("trials:main", "say whether one setting is better than another: blinded trials in random order"),
     "doctor": ("doctor:main", "say what is installed, what can run here, and what is missing"),
     "export onnx": ("export:onnx", "write a checkpoint as ONNX graphs"),
     "export tensorrt": ("export:tensorrt", "build TensorRT engines"),

@@ -110,6 +110,8 @@ class RunConfig(RunOutputFlags, SafetyFlags, MotionFlags, TaskFlags, ArmOptions,
         *("robot.type", "robot.port", "robot.id", "robot.cameras", "lang_instruction", "camera_map", "timeout", "episodes", "dry_run"),
         *("controller", "home", "rest", "max_speed_deg_s", "out", "record", "video", "page", "config_path"),
     )
+    blind: str = flags.setting("", flag=False)  # a trial's name: nothing that is shown tells of settings or what follows from them
+
     or_else = " Or infer on a policy server: --server=tcp://HOST:PORT."
 
     def needs_checkpoint(self) -> bool:
@@ -222,8 +224,14 @@ def run(config: RunConfig) -> int:
     return drive(config, load_policy, RecordedFacts({name: getattr(config, name) for name in _RECORDED_FACTS}))
 
 
-def drive(config: RunConfig, load_policy: Callable[[Robot, Callable[[str], None]], Any], facts: RecordedFacts) -> int:
-    """A run with the policy that `load_policy` makes, from the arm and a way to end the run (with the reason as a text); as `run`."""
+def drive(
+    config: RunConfig,
+    load_policy: Callable[[Robot, Callable[[str], None]], Any],
+    facts: RecordedFacts,
+    session_of: Callable[..., Session] = Session,
+) -> int:
+    """A run with the policy that `load_policy` makes, from the arm and a way to end the run (with the reason as a text); as `run`. session_of: makes
+    the session, with the arguments of `Session`."""
     stop, say = StopSignals(), voice(config)
     with contextlib.ExitStack() as beside:  # left last: what was recorded is saved whatever happens, and the page shows the report
         with stop, stop.raise_at_once():
@@ -238,9 +246,9 @@ def drive(config: RunConfig, load_policy: Callable[[Robot, Callable[[str], None]
             led = config.poses.home is not None or not policy.computes  # a replay begins where the episode did
             preflight = Preflight(robot, policy.metadata, config.preflight == "refuse", say, source, led)
             fps = preflight.before_connecting(config.fps, config.camera_map, config.action_horizon)
-            outputs = Outputs(config.out, views(config, robot, fps, say), config.quiet, config.json)
+            outputs = Outputs(config.out, views(config, robot, fps, say), config.quiet, config.json, bool(config.blind))
             keys = keys_of_session(config, say)
-            session = Session(stop, keys, recorder, echo=say, page=page)
+            session = session_of(stop, keys, recorder, echo=say, page=page)
             begin = [preflight.connected, outputs.prepare]
             if page is not None:
                 begin.append(lambda observation: page.connected(robot, observation))
@@ -258,7 +266,8 @@ def drive(config: RunConfig, load_policy: Callable[[Robot, Callable[[str], None]
                 recorder.wait_until_ready()
             if page is not None:
                 page.wait_until_ready()
-            say(summary(policy, robot.name, fps, config.action_horizon, config.lang_instruction))
+            if not config.blind:
+                say(summary(policy, robot.name, fps, config.action_horizon, config.lang_instruction))
             say("connecting to the arm ...")
         try:
             with outputs:
@@ -337,7 +346,8 @@ def build_page(config: RunConfig, robot: Robot, stop: StopSignals) -> PageView |
 
     def facts(hosts: tuple[str, ...], token: str) -> PageFacts:
         limits = {mode: limit_s for mode, limit_s in limits_s.items() if limit_s is not None}
-        return PageFacts(robot.joint_names, robot.joint_unit, tuple(robot.cameras), config.episodes, config.timeout, limits, hosts, token)
+        arm, episodes = (robot.joint_names, robot.joint_unit, tuple(robot.cameras)), (config.episodes, config.timeout)
+        return PageFacts(*arm, *episodes, limits, hosts, token, config.blind)
 
     def show_address(line: str) -> None:  # also with --quiet: nothing else holds the token
         print(line, file=sys.stderr if config.json or config.quiet else sys.stdout, flush=True)
@@ -357,7 +367,8 @@ def build_recorder(config: RunConfig, robot: Robot, say: Callable[[str], None]) 
 def keys_of_session(config: RunConfig, say: Callable[[str], None]) -> Keys | None:
     """Keys where there is a terminal to press them in."""
     if (why := keys_obstacle()) is None:
-        say(KEYS_HELP)
+        if not config.blind:  # trials have keys of their own
+            say(KEYS_HELP)
         return Keys()
     if (config.record or config.episodes > 1) and page_address(config.page) is None:
         say(f"no keys: {why}. Episodes end by --timeout, the run by Ctrl-C or SIGTERM.")
@@ -406,7 +417,7 @@ def control_loop(
         config.camera_fault,
         poses,
     )
-    observers = [*watching, Progress(say, tell_inferences=policy.computes)]
+    observers = [*watching, *([] if config.blind else [Progress(say, tell_inferences=policy.computes)])]
 
     def connected(observation: Observation) -> None:
         for step in begin:
@@ -421,7 +432,9 @@ def build_planner(
     """`policy` is anything that yields actions: the network in this process, or a client of a server elsewhere, which may be away for a while."""
     recoverable = (ServerUnreachableError,) if config.server else ()
     said, options = config.lang_instruction, planner_options(config)
-    return Planner(policy, binding, said, clock, fps, options, recoverable=recoverable, echo=say or voice(config))
+    say = say or voice(config)
+    echo = say if not config.blind else lambda line: say(line) if line.startswith("WARNING") else None  # not what the controller chooses, and why
+    return Planner(policy, binding, said, clock, fps, options, recoverable=recoverable, echo=echo)
 
 
 def planner_options(config: RunConfig) -> PlannerOptions:

@@ -83,21 +83,27 @@ def compare_runs(first: RecordedRun, second: RecordedRun) -> dict[str, Any]:
         "schema": COMPARISON_SCHEMA,
         "schema_version": COMPARISON_VERSION,
         "runs": [str(run.directory) for run in runs],
-        "settings": _differences(*map(_settings, runs)),
+        "settings": differences(*map(_settings, runs)),
         "figures": {group: {name: [table[group][name] for table in tables] for name in rows} for group, rows in tables[0].items()},
-        "machine": _differences(*(run.report["machine"] for run in runs)),
-        "versions": _differences(*({**run.report["versions"], "commit": run.report["git_commit"]} for run in runs)),
+        "machine": differences(*(run.report["machine"] for run in runs)),
+        "versions": differences(*({**run.report["versions"], "commit": run.report["git_commit"]} for run in runs)),
     }
 
 
 def _settings(run: RecordedRun) -> dict[str, Any]:
     """Without its places; of the controller `auto` what it chose, too."""
-    found = {name: value for name, value in flat(run.report["settings"]).items() if name.partition(".")[0] not in _PLACES}
+    found = played_settings(run.report["settings"])
     chosen = {"controller": f"auto, {run.report['controller'].get('kind')}"} if found.get("controller") == "auto" else {}
     return found | chosen
 
 
-def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, list[Any]]:
+def played_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a run by dotted name, but for where it goes to."""
+    return {name: value for name, value in flat(settings).items() if name.partition(".")[0] not in _PLACES}
+
+
+def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Name -> both values, of those that differ."""
     names = dict.fromkeys([*first, *second])
     return {name: [first.get(name), second.get(name)] for name in names if first.get(name) != second.get(name)}
 
@@ -138,6 +144,17 @@ def _motion(run: RecordedRun) -> dict[str, Any]:
         "ticks standing still (%)": round(100 * float((largest <= _STILL_UNITS).mean()), 1) if len(largest) else None,
         "tracking error p95, worst joint (units)": max(tracking, default=None),
     }
+
+
+def seam_jerk(run: RecordedRun) -> float | None:
+    """Of the commands at the ticks about each new chunk but the first, rms (units/s^3), of the joints but the gripper. None without a seam."""
+    data = run.arrays
+    if "commanded" not in data:
+        return None
+    third = np.diff(data["commanded"][:, data["joint_names"] != GRIPPER], n=3, axis=0)  # (T - 3, J)
+    before = data["chunk_starts"][:, None] - np.arange(1, 4)  # a difference of rows i to i + 3 crosses into row s for i = s - 3 to s - 1
+    at_seam = np.isin(np.arange(len(third)), before) & (data["episode"][3:] == data["episode"][:-3])
+    return _rms(third[at_seam] * run.report["run"]["target_hz"] ** 3)
 
 
 def _within(values: np.ndarray, episode: np.ndarray, order: int) -> np.ndarray:

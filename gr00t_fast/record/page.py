@@ -49,7 +49,7 @@ class PageFacts:
     """What the page knows before the first tick.
 
     hosts: what a browser may call this machine; empty: any IP address. token: what a browser must have, or "". limits_s: how long the arm may stay
-    in a mode, where there is an end to it.
+    in a mode, where there is an end to it. trial: what is shown in place of figures that would tell the setting of a blinded trial, or "".
     """
 
     joints: tuple[str, ...]
@@ -60,6 +60,7 @@ class PageFacts:
     limits_s: Mapping[Mode, float]
     hosts: tuple[str, ...]
     token: str
+    trial: str
 
 
 @dataclass(frozen=True)

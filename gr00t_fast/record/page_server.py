@@ -102,7 +102,7 @@ class PageServer(WebPage):
         state.headline, state.colour = note.mode.name.replace("_", " ").lower(), _COLOURS.get(note.mode, "#455a64")
         state.why, state.instruction = self._why(note), note.instruction
         state.facts = self._clock(note)
-        state.bars = bars(self._facts.joints, self._facts.unit, self._low, self._high, observation.joints, note.tick)
+        state.bars = bars(self._facts.joints, self._facts.unit, self._low, self._high, observation.joints, None if self._facts.trial else note.tick)
 
     def over(self, report: str, said: Sequence[str]) -> None:
         """The run has ended."""
@@ -137,8 +137,8 @@ class PageServer(WebPage):
 
     def _clock(self, note: PageNote) -> str:
         tick = self._tick
-        if tick is None:
-            return ""
+        if tick is None or self._facts.trial:
+            return self._facts.trial
         limit = f" of {self._facts.timeout_s:g}" if self._facts.timeout_s else ""
         episode = f"episode {tick.episode + 1} of {self._facts.episodes}, {self._rate.episode_s:.1f}{limit} s"
         chunk = f"chunk: {len(tick.ahead)} rows left, inference {tick.inference_ms:.0f} ms, {tick.missed_ticks} missed ticks"

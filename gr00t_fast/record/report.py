@@ -265,13 +265,23 @@ def as_page(report: Mapping[str, Any], plots: Sequence[tuple[str, bytes]], frame
     made = {"command": report["command_line"], "commit": report["git_commit"], **report["machine"], **report["versions"]}
     tables = [*sections(report), Section("settings", (), list(flat(report["settings"]).items())), Section("made with", (), list(made.items()))]
     shown = [f"<h2>{_escaped(title)}</h2>{_image(png, 'png', title)}" for title, png in plots]
-    body = [f"<h1>{_escaped(verdict(report))}</h1>", *map(_table, tables[:-2]), *shown, *_pictures(frames), *map(_table, tables[-2:])]
+    return page_of(verdict(report), [*map(_table, tables[:-2]), *shown, *_pictures(frames), *map(_table, tables[-2:])])
+
+
+def as_plain_page(title: str, found: Sequence[Section], plots: Sequence[tuple[str, bytes]]) -> str:
+    """Sections and then pictures (title, PNG) for a browser, as `as_page`."""
+    return page_of(title, [*map(_table, found), *(f"<h2>{_escaped(name)}</h2>{_image(png, 'png', name)}" for name, png in plots)])
+
+
+def page_of(title: str, body: Sequence[str]) -> str:
+    """A page with these parts, which are HTML."""
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
-        f"<title>{_escaped(verdict(report))}</title><style>{_STYLE}</style>"
+        f"<title>{_escaped(title)}</title><style>{_STYLE}</style>"
     )
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(body) + "\n</body></html>\n"
+    parts = "\n".join([f"<h1>{_escaped(title)}</h1>", *body])
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{parts}\n</body></html>\n'
 
 
 def _table(section: Section) -> str:
@@ -329,11 +339,12 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 class Outputs:
     """Observers during the run and files after it. Use as a context manager around the run."""
 
-    def __init__(self, out: Path | None, views: Sequence[View] = (), quiet: bool = False, as_json: bool = False) -> None:
-        """quiet: of the report, print one line. as_json: print it as one line of JSON on standard output, all else on standard error.
+    def __init__(self, out: Path | None, views: Sequence[View] = (), quiet: bool = False, as_json: bool = False, silent: bool = False) -> None:
+        """quiet: of the report, print one line. as_json: print it as one line of JSON on standard output, all else on standard error. silent: print
+        nothing.
 
         Raises ConfigError when `out` cannot be written, MissingExtraError without a needed package: before the arm is touched."""
-        self._out, self._views, self._quiet, self._as_json = out, views, quiet, as_json
+        self._out, self._views, self._quiet, self._as_json, self._silent = out, views, quiet, as_json, silent
         if out is not None:
             check_writable(out, "--out")
             if importlib.util.find_spec("matplotlib") is None:  # found, not imported: that costs 0.3 s and is not needed yet
@@ -372,10 +383,11 @@ class Outputs:
         try:
             report = build_report(loop, settings, [*warnings, *(warning for view in self._views for warning in view.warnings)], notes=notes)
             try:
-                self._show(loop, report)
+                if not self._silent:
+                    self._show(loop, report)
             finally:  # the terminal may be gone (SIGHUP): the files are written all the same
                 paths = self._write_files(loop, report)
-            if paths:
+            if paths and not self._silent:
                 self._say("wrote " + ", ".join(map(str, paths)) + "\n")
         except Exception as error:
             if not failing:
@@ -393,7 +405,7 @@ class Outputs:
         else:
             self._say("The arm was not moved: the run ended before the first target was sent.\n")
         if self._as_json:
-            print(json.dumps(_strict(report), allow_nan=False), flush=True)
+            print(json.dumps(strict(report), allow_nan=False), flush=True)
 
     def _say(self, text: str) -> None:
         self.shown += text
@@ -408,7 +420,7 @@ class Outputs:
     def _contents(self, loop: ControlLoop, report: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
         yield from contents(loop.trace, report)
         if len(loop.trace):
-            joints, pace = _png(joints_figure(loop.trace, loop.robot.joint_unit)), _png(pace_figure(loop.trace, loop.options.fps))
+            joints, pace = png_of(joints_figure(loop.trace, loop.robot.joint_unit)), png_of(pace_figure(loop.trace, loop.options.fps))
             page = as_page(report, [("joints", joints), ("pace", pace)], [("first", self._first), ("last", self._last)])
             yield from {"joints.png": joints, "report.html": page.encode()}.items()
 
@@ -429,7 +441,7 @@ def write_files(directory: Path, files: Iterable[tuple[str, bytes]]) -> list[Pat
 def contents(trace: RunTrace, report: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
     """The files of a run but its pictures: report.json, report.txt and, where something was played, run.npz (`RunTrace.arrays` and joint_names) and
     run.csv (a line for each tick)."""
-    texts = {"report.json": json.dumps(_strict(report), indent=1, allow_nan=False, ensure_ascii=False) + "\n", "report.txt": as_text(report)}
+    texts = {"report.json": json.dumps(strict(report), indent=1, allow_nan=False, ensure_ascii=False) + "\n", "report.txt": as_text(report)}
     for name, text in texts.items():
         yield name, text.encode("utf-8", "backslashreplace")  # a path may hold bytes that are no text; as \\udcNN it is valid JSON still
     if not len(trace):
@@ -444,19 +456,19 @@ def contents(trace: RunTrace, report: Mapping[str, Any]) -> Iterator[tuple[str, 
     yield "run.csv", csv.getvalue()
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
     """JSON knows no infinity and no NaN; a setting may be one (`--robot.reconnect_s=.inf`): as text then."""
     if isinstance(value, Mapping):
-        return {key: _strict(item) for key, item in value.items()}
+        return {key: strict(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
+        return [strict(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def joints_figure(trace: RunTrace, unit: str) -> Figure:
     """One panel per joint over time, commanded against measured; begins of chunks and episodes as vertical lines. Raises MissingExtraError without
     matplotlib."""
-    data, figure = trace.arrays(), _figure(1.7 * len(trace.joint_names))
+    data, figure = trace.arrays(), new_figure(1.7 * len(trace.joint_names))
     measured_s, measured = _with_gaps(trace)
     axes = figure.subplots(len(trace.joint_names), 1, sharex=True, squeeze=False)[:, 0]
     for index, (axis, name) in enumerate(zip(axes, trace.joint_names, strict=True)):
@@ -478,7 +490,7 @@ def joints_figure(trace: RunTrace, unit: str) -> Figure:
 def pace_figure(trace: RunTrace, fps: float) -> Figure:
     """The time between two targets, tick by tick, and what each inference took. Raises MissingExtraError without matplotlib."""
     data, chunks = trace.arrays(), [chunk for chunk in trace.chunks if chunk.first_row < len(trace)]
-    figure = _figure(3.0)
+    figure = new_figure(3.0)
     axis = figure.subplots()
     axis.plot(data["time_s"][~data["underrun"]][1:], 1000 * played_intervals_s(data), linewidth=0.8, label="between two targets")
     axis.axhline(1000 / fps, color="0.6", linewidth=0.8, label=f"at {fps:g} Hz")
@@ -490,7 +502,7 @@ def pace_figure(trace: RunTrace, fps: float) -> Figure:
     return figure
 
 
-def _figure(height: float) -> Figure:
+def new_figure(height: float) -> Figure:
     require("matplotlib", "plots")
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # the object interface: no global state, no display
     from matplotlib.figure import Figure
@@ -500,7 +512,7 @@ def _figure(height: float) -> Figure:
     return figure
 
 
-def _png(figure: Figure) -> bytes:
+def png_of(figure: Figure) -> bytes:
     picture = io.BytesIO()
     figure.savefig(picture, dpi=110, format="png")
     return picture.getvalue()
