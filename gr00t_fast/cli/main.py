@@ -38,6 +38,7 @@ COMMANDS = {
     "replay": ("replay:main", "play the actions of a recorded episode on an arm"),
     "eval": ("eval:main", "compare a checkpoint's actions with those of a recorded data set"),
     "compare": ("compare:main", "set two runs side by side"),
+    "scene": ("scene:main", "write what a data set's cameras saw, for run, doctor and eval to compare with"),
     "doctor": ("doctor:main", "say what is installed, what can run here, and what is missing"),
     "export onnx": ("export:onnx", "write a checkpoint as ONNX graphs"),
     "export tensorrt": ("export:tensorrt", "build TensorRT engines"),

@@ -19,12 +19,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from gr00t_fast.base import flags
 from gr00t_fast.base.clock import MonotonicClock
 from gr00t_fast.base.contracts import Clock, LandingReport, Observation, Robot
-from gr00t_fast.base.errors import AT_LEAST_1, ConfigError, ServerUnreachableError, check_ranges
+from gr00t_fast.base.errors import AT_LEAST_1, ConfigError, Gr00tFastError, ServerUnreachableError, check_ranges
 from gr00t_fast.base.files import check_kept
 from gr00t_fast.base.flags import Flags
 from gr00t_fast.base.keyboard import Keys, keys_obstacle
@@ -38,7 +38,6 @@ from gr00t_fast.control.pacer import FPS_RANGE
 from gr00t_fast.control.planner import DEFAULT_MAX_HOLD_S, Planner, PlannerOptions
 from gr00t_fast.control.preflight import Preflight
 from gr00t_fast.inputs.data_config import DEFAULT_DATA_CONFIG
-from gr00t_fast.inputs.dataset import read_recordings
 from gr00t_fast.options import PolicyOptions
 from gr00t_fast.record.pictures import write_pictures
 from gr00t_fast.record.progress import Progress, dry_run_table, summary
@@ -48,6 +47,9 @@ from gr00t_fast.record.session import KEYS_HELP, Session
 from gr00t_fast.record.views import View, display_target, display_view, video_view
 from gr00t_fast.robots import ArmOptions, SO100FollowerConfig
 from gr00t_fast.robots.lerobot_glue import device_faults
+
+if TYPE_CHECKING:
+    from gr00t_fast.scene.card import Card
 
 _RECORDED_FACTS = ("model_path", "revision", "embodiment_tag", "server", "denoising_steps", "controller")
 _SIMULATED_MAX_HOLD_S = 30.0
@@ -95,7 +97,7 @@ class MotionFlags(Flags):
     controller: Literal["auto", "sync", "threaded"] = "auto"  # sync: wait for inferences; threaded: move meanwhile; auto: what suits
     smoothing: Literal["none", "prefix"] = "none"  # threaded: how a chunk joins the one before
     max_hold_s: float | Literal["auto"] | None = "auto"  # how long the arm holds for want of actions; auto: see docs/safety.md; null: no limit
-    recordings: Path | None = None  # LeRobotDataset behind the checkpoint: how fast its targets change, and where its episodes begin
+    recordings: Path | None = None  # LeRobotDataset behind the checkpoint, or its scene card: its speeds, where episodes begin, what cameras saw
     poses: Poses = field(default_factory=Poses)
 
 
@@ -228,6 +230,7 @@ def drive(config: RunConfig, load_policy: Callable[[Robot, Callable[[str], None]
             check_kept([config.video] if config.video is not None else [], "--video", config.overwrite)
             robot = build_robot(config)
             recorder = recording.enter_context(build_recorder(config, robot)) if config.record else None
+            card = None if config.recordings is None else recorded_scene(config, robot)
             policy = load_policy(robot, stop.request)
             source = "checkpoint" if policy.computes else "recording"
             led = config.poses.home is not None or not policy.computes  # a replay begins where the episode did
@@ -237,10 +240,12 @@ def drive(config: RunConfig, load_policy: Callable[[Robot, Callable[[str], None]
             keys = keys_of_session(config)
             session = Session(stop, keys, recorder, echo=say)
             begin = [preflight.connected, outputs.prepare]
+            if card is not None:
+                begin.insert(1, scene_check(config, card, policy, robot, preflight, outputs, led))
             if recorder is not None:
                 recorder.set_rate(fps)
                 begin.append(opening(recorder, config, policy, robot, facts))
-            loop = control_loop(config, policy, robot, fps, stop, begin, outputs, session)
+            loop = control_loop(config, policy, robot, fps, stop, begin, outputs, session, card)
             if policy.computes:
                 say("warming up ...")
             loop.planner.warm_up()
@@ -260,6 +265,8 @@ def drive(config: RunConfig, load_policy: Callable[[Robot, Callable[[str], None]
                     if recorder is not None:  # it prints: a closed terminal must not take the place of the error that ended the run
                         with contextlib.suppress(*[OSError] * failing):
                             recorder.close()
+                        if recorder.episodes and not failing:
+                            keep_card(recorder.out, robot.joint_names, say)
         finally:
             if loop.trace.landing is not None:
                 failing = sys.exc_info()[0] is not None
@@ -332,6 +339,40 @@ def keys_of_session(config: RunConfig) -> Keys | None:
     return None
 
 
+def recorded_scene(config: RunConfig, robot: Robot) -> Card:
+    """The card behind --recordings. Raises ConfigError."""
+    from gr00t_fast.evaluation.scene import card_of
+
+    return card_of(config.recordings, robot.joint_names, voice(config))
+
+
+def scene_check(
+    config: RunConfig, card: Card, policy: Any, robot: Robot, preflight: Preflight, outputs: Outputs, led: bool
+) -> Callable[[Observation], None]:
+    """What compares the first observation with the recordings. Raises PreflightError where they contradict each other."""
+    from gr00t_fast.evaluation.scene import told
+    from gr00t_fast.scene.look import look
+
+    camera_map = resolve_camera_map(robot.cameras, policy.metadata.resolutions, config.camera_map)
+
+    def check(observation: Observation) -> None:
+        seen = look(card, observation.frames, camera_map, observation.joints, led)
+        outputs.compared({"recordings": card.name, "findings": seen.findings, "measures": told(seen.measures)}, seen.pictures)
+        preflight.judge([*seen.findings])
+
+    return check
+
+
+def keep_card(directory: Path, joint_names: tuple[str, ...], say: Callable[[str], None]) -> None:
+    """The scene card of what was recorded, in the data set. Without one it is as good a data set: what goes wrong is only said."""
+    from gr00t_fast.evaluation.scene import build_card, card_path
+
+    try:
+        build_card(directory, joint_names=joint_names).save(card_path(directory))
+    except Gr00tFastError as error:
+        say(f"WARNING: no scene card was written: {error}")
+
+
 def opening(recorder: DatasetRecorder, config: RunConfig, policy: Any, robot: Robot, facts: RecordedFacts) -> Callable[[Observation], None]:
     """What opens the data set with the columns that the first observation shows."""
     metadata = policy.metadata
@@ -352,6 +393,7 @@ def control_loop(
     begin: Sequence[Callable[[Observation], object]],
     outputs: Outputs,
     session: Session,
+    card: Card | None = None,
 ) -> ControlLoop:
     """begin: what is done with the first observation, before the arm may move."""
     clock, metadata = MonotonicClock(), policy.metadata
@@ -359,9 +401,8 @@ def control_loop(
     policy.expect_cameras({camera_map[name]: (camera.width, camera.height) for name, camera in robot.cameras.items() if name in camera_map})
     binding = RobotBinding(policy.get_modality_config(), metadata.state_widths, metadata.action_widths, robot.joint_names, camera_map, fps)
     planner = build_planner(config, policy, binding, clock, fps)
-    recordings = None if config.recordings is None else read_recordings(config.recordings, robot.joint_names)
-    safety = replace(config.safety, recorded_units_s=recordings and tuple(recordings.fastest_units_s.tolist()))
-    poses = config.poses.resolved(recordings and tuple(recordings.begin.tolist()))
+    safety = replace(config.safety, recorded_units_s=card and tuple(card.fastest_units_s.tolist()))
+    poses = config.poses.resolved(card and tuple(card.begin.tolist()))
     options = LoopOptions(
         fps,
         config.episodes,
