@@ -14,11 +14,11 @@ SCRIPT = "a script"
 PROGRAMS = ("benchmarks", "training", SCRIPT)
 LAYERS = (
     *(("base",), ("model",), ("inputs",), ("networks",), ("checkpoint",), ("engine",), ("policy", "options")),
-    *(("export", "serving", "control", "robots"), ("virtual", "record"), ("evaluation",), ("cli",), PROGRAMS),
+    *(("export", "serving", "control", "robots", "scene"), ("virtual", "record"), ("evaluation",), ("cli",), PROGRAMS),
 )
 # Narrower than the layers: the only units of this project that these may import, besides themselves.
 ONLY = {
-    **{"model": (), "control": ("base",), "robots": ("base",), "record": ("base", "control")},
+    **{"model": (), "control": ("base",), "robots": ("base",), "scene": ("base",), "record": ("base", "control")},
     "serving": ("base", "policy", "checkpoint", "inputs"),
     "virtual": ("base", "robots", "model", "networks", "inputs"),
 }

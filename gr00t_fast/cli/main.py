@@ -39,6 +39,8 @@ COMMANDS = {
     "eval": ("eval:main", "compare a checkpoint's actions with those of a recorded data set"),
     "compare": ("compare:main", "set two runs side by side"),
     "trials": ("trials:main", "say whether one setting is better than another: blinded trials in random order"),
+    "scene": ("scene:main", "write what a data set's cameras saw, for run, doctor and eval to compare with"),
+    "align": ("align:main", "put cameras back where they were when the data was recorded, on a page"),
     "doctor": ("doctor:main", "say what is installed, what can run here, and what is missing"),
     "export onnx": ("export:onnx", "write a checkpoint as ONNX graphs"),
     "export tensorrt": ("export:tensorrt", "build TensorRT engines"),

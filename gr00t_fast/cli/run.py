@@ -19,12 +19,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from gr00t_fast.base import flags
 from gr00t_fast.base.clock import MonotonicClock
 from gr00t_fast.base.contracts import Clock, LandingReport, Observation, Robot
-from gr00t_fast.base.errors import AT_LEAST_1, ConfigError, ServerUnreachableError, check_ranges
+from gr00t_fast.base.errors import AT_LEAST_1, ConfigError, Gr00tFastError, ServerUnreachableError, check_ranges
 from gr00t_fast.base.files import check_kept
 from gr00t_fast.base.flags import Flags
 from gr00t_fast.base.keyboard import Keys, keys_obstacle
@@ -39,7 +39,6 @@ from gr00t_fast.control.pacer import FPS_RANGE
 from gr00t_fast.control.planner import DEFAULT_MAX_HOLD_S, Planner, PlannerOptions
 from gr00t_fast.control.preflight import Preflight
 from gr00t_fast.inputs.data_config import DEFAULT_DATA_CONFIG
-from gr00t_fast.inputs.dataset import read_recordings
 from gr00t_fast.options import PolicyOptions
 from gr00t_fast.record.page import PageFacts, PageView, page_address
 from gr00t_fast.record.pictures import write_pictures
@@ -50,6 +49,9 @@ from gr00t_fast.record.session import KEYS_HELP, Session
 from gr00t_fast.record.views import View, display_target, display_view, video_view
 from gr00t_fast.robots import ArmOptions, SO100FollowerConfig
 from gr00t_fast.robots.lerobot_glue import device_faults
+
+if TYPE_CHECKING:
+    from gr00t_fast.scene.card import Card
 
 _RECORDED_FACTS = ("model_path", "revision", "embodiment_tag", "server", "denoising_steps", "controller")
 _SIMULATED_MAX_HOLD_S = 30.0
@@ -97,7 +99,7 @@ class MotionFlags(Flags):
     controller: Literal["auto", "sync", "threaded"] = "auto"  # sync: wait for inferences; threaded: move meanwhile; auto: what suits
     smoothing: Literal["none", "prefix"] = "none"  # threaded: how a chunk joins the one before
     max_hold_s: float | Literal["auto"] | None = "auto"  # how long the arm holds for want of actions; auto: see docs/safety.md; null: no limit
-    recordings: Path | None = None  # LeRobotDataset behind the checkpoint: how fast its targets change, and where its episodes begin
+    recordings: Path | None = None  # LeRobotDataset behind the checkpoint, or its scene card: its speeds, where episodes begin, what cameras saw
     poses: Poses = field(default_factory=Poses)
 
 
@@ -241,6 +243,7 @@ def drive(
             if (page := build_page(config, robot, stop)) is not None:
                 say = beside.enter_context(page).tee(say)
             recorder = beside.enter_context(build_recorder(config, robot, say)) if config.record else None
+            card = None if config.recordings is None else recorded_scene(config, robot, say)
             policy = load_policy(robot, stop.request)
             source = "checkpoint" if policy.computes else "recording"
             led = config.poses.home is not None or not policy.computes  # a replay begins where the episode did
@@ -250,13 +253,15 @@ def drive(
             keys = keys_of_session(config, say)
             session = session_of(stop, keys, recorder, echo=say, page=page)
             begin = [preflight.connected, outputs.prepare]
+            if card is not None:
+                begin.insert(1, scene_check(config, card, policy, robot, preflight, outputs, led))
             if page is not None:
-                begin.append(lambda observation: page.connected(robot, observation))
+                begin.insert(1, lambda observation: page.connected(robot, observation))
             if recorder is not None:
                 recorder.set_rate(fps)
                 begin.append(opening(recorder, config, policy, robot, facts))
             watching = [*outputs.observers, *([page] if page is not None else [])]
-            loop = control_loop(config, policy, robot, fps, stop, begin, watching, session, say)
+            loop = control_loop(config, policy, robot, fps, stop, begin, watching, session, say, card)
             if page is not None:
                 page.playing = lambda: (loop.planner.instruction, session.doing)
             if policy.computes:
@@ -281,6 +286,8 @@ def drive(
                     if recorder is not None:  # it prints: a closed terminal must not take the place of the error that ended the run
                         with contextlib.suppress(*[OSError] * failing):
                             recorder.close()
+                        if recorder.episodes and not failing:
+                            keep_card(recorder.out, robot.joint_names, say)
         finally:
             if loop.trace.landing is not None:
                 failing = sys.exc_info()[0] is not None
@@ -375,6 +382,40 @@ def keys_of_session(config: RunConfig, say: Callable[[str], None]) -> Keys | Non
     return None
 
 
+def recorded_scene(config: RunConfig, robot: Robot, say: Callable[[str], None]) -> Card:
+    """The card behind --recordings. Raises ConfigError."""
+    from gr00t_fast.evaluation.scene import card_of
+
+    return card_of(config.recordings, robot.joint_names, say)
+
+
+def scene_check(
+    config: RunConfig, card: Card, policy: Any, robot: Robot, preflight: Preflight, outputs: Outputs, led: bool
+) -> Callable[[Observation], None]:
+    """What compares the first observation with the recordings. Raises PreflightError where they contradict each other."""
+    from gr00t_fast.evaluation.scene import told
+    from gr00t_fast.scene.look import look
+
+    camera_map = resolve_camera_map(robot.cameras, policy.metadata.resolutions, config.camera_map)
+
+    def check(observation: Observation) -> None:
+        seen = look(card, observation.frames, camera_map, observation.joints, led)
+        outputs.compared({"recordings": card.name, "findings": seen.findings, "measures": told(seen.measures)}, seen.pictures)
+        preflight.judge([*seen.findings])
+
+    return check
+
+
+def keep_card(directory: Path, joint_names: tuple[str, ...], say: Callable[[str], None]) -> None:
+    """The scene card of what was recorded, in the data set. Without one it is as good a data set: what goes wrong is only said."""
+    from gr00t_fast.evaluation.scene import build_card, card_path
+
+    try:
+        build_card(directory, joint_names=joint_names).save(card_path(directory))
+    except Gr00tFastError as error:
+        say(f"WARNING: no scene card was written: {error}")
+
+
 def opening(recorder: DatasetRecorder, config: RunConfig, policy: Any, robot: Robot, facts: RecordedFacts) -> Callable[[Observation], None]:
     """What opens the data set with the columns that the first observation shows."""
     metadata = policy.metadata
@@ -396,6 +437,7 @@ def control_loop(
     watching: Sequence[Observer],
     session: Session,
     say: Callable[[str], None],
+    card: Card | None = None,
 ) -> ControlLoop:
     """begin: what is done with the first observation, before the arm may move."""
     clock, metadata = MonotonicClock(), policy.metadata
@@ -403,9 +445,8 @@ def control_loop(
     policy.expect_cameras({camera_map[name]: (camera.width, camera.height) for name, camera in robot.cameras.items() if name in camera_map})
     binding = RobotBinding(policy.get_modality_config(), metadata.state_widths, metadata.action_widths, robot.joint_names, camera_map, fps)
     planner = build_planner(config, policy, binding, clock, fps, say)
-    recordings = None if config.recordings is None else read_recordings(config.recordings, robot.joint_names)
-    safety = replace(config.safety, recorded_units_s=recordings and tuple(recordings.fastest_units_s.tolist()))
-    poses = config.poses.resolved(recordings and tuple(recordings.begin.tolist()))
+    safety = replace(config.safety, recorded_units_s=card and tuple(card.fastest_units_s.tolist()))
+    poses = config.poses.resolved(card and tuple(card.begin.tolist()))
     options = LoopOptions(
         fps,
         config.episodes,

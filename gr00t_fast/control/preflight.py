@@ -60,7 +60,7 @@ class Preflight:
 
     def before_connecting(self, loop_fps: float | None, camera_map: Mapping[str, str] | None, action_horizon: int | None = None) -> float:
         """Check what is known while the arm is untouched; returns the control rate in Hz. Raises PreflightError."""
-        self._judge(self.look(loop_fps, camera_map, action_horizon))
+        self.judge(self.look(loop_fps, camera_map, action_horizon))
         return float(self._rate(loop_fps))  # type: ignore[arg-type]  # None was refused
 
     def look(self, loop_fps: float | None, camera_map: Mapping[str, str] | None, action_horizon: int | None = None) -> list[Finding]:
@@ -81,7 +81,7 @@ class Preflight:
 
     def connected(self, observation: Observation) -> None:
         """Check the arm's calibrated limits and its present pose against the training data. Raises PreflightError."""
-        self._judge(self.look_at(observation))
+        self.judge(self.look_at(observation))
 
     def look_at(self, observation: Observation) -> list[Finding]:
         """As `connected`, for joints that fit; raises and says nothing."""
@@ -90,7 +90,8 @@ class Preflight:
         joints = zip(self._robot.joint_names, self._training_range(), self._robot.joint_limits, observation.joints, strict=True)
         return [finding for joint in joints for finding in self._joint_findings(*joint)]
 
-    def _judge(self, found: list[Finding]) -> None:
+    def judge(self, found: list[Finding]) -> None:
+        """Say what was found, and collect it. Raises PreflightError for what is refused."""
         of: dict[str, list[str]] = {kind: [text for each, text in found if each == kind] for kind in ("impossible", "problem", "warning", "note")}
         refused = [*of["impossible"], *of["problem"]] if self._strict or of["impossible"] else []
         if refused:

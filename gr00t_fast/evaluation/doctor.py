@@ -60,6 +60,7 @@ class DoctorOptions(ArmOptions, PolicyOptions):
     camera_map: dict[str, str] = field(default_factory=dict)  # "{robot camera: policy camera}", when the names differ
     fps: float | None = None  # control rate; default: the rate at which the training data was recorded
     poses: Poses = field(default_factory=Poses)
+    recordings: Path | None = None  # LeRobotDataset behind the checkpoint, or its scene card: what the cameras should see
 
     def missing(self) -> Iterator[tuple[str, str]]:
         yield from ()
@@ -104,8 +105,10 @@ def look(options: DoctorOptions) -> tuple[list[Row], dict[str, np.ndarray], dict
     with ThreadPoolExecutor(3) as pool:
         of_arm, of_cameras, inside = pool.submit(arm, options), pool.submit(cameras, options), pool.submit(network, options)
         (arm_rows, robot, seen), (pictures, camera_rows), (titles, metadata, inside_rows) = of_arm.result(), of_cameras.result(), inside.result()
-    fits = fit(options, metadata, robot, seen, titles) if metadata is not None and robot is not None else []
+    fits = fit(options, metadata, robot, seen, titles) if metadata is not None and robot is not None else Rows()
     pictures |= {} if seen is None else seen.frames
+    if options.recordings is not None:
+        fits += scene(options, options.recordings, metadata, pictures, None if seen is None else seen.joints)
     return [*packages(options), *inside_rows, *fits, *arm_rows, *camera_rows], pictures, titles
 
 
@@ -373,6 +376,25 @@ def _memory(torch: Any, parameters: int | None, rows: Rows) -> None:
     if free := linux_says("meminfo", "MemAvailable"):
         each_bytes = select_precision("auto", torch.device("cpu")).itemsize
         room(int(free.split()[0]) * 1024, each_bytes, "this machine's memory", "Close other programs, or use an 8-bit export (docs/engines.md).")
+
+
+def scene(options: DoctorOptions, source: Path, metadata: Any, pictures: dict[str, np.ndarray], joints: np.ndarray | None) -> Rows:
+    """What a run says of cameras and pose against the recordings. Adds pictures: what was recorded, what is seen, and the difference."""
+    from gr00t_fast.evaluation.scene import card_of
+    from gr00t_fast.scene.look import look
+
+    rows, refuses = Rows(), options.preflight == "refuse"
+    with rows.trying("scene", f"--recordings={source} cannot be used"):
+        card = card_of(source, SO100_JOINTS, lambda text: None)
+        mapping = {name: name for name in pictures} if metadata is None else resolve_camera_map(pictures, metadata.resolutions, options.camera_map)
+        found = look(card, pictures, mapping, joints, options.poses.home is not None)
+        states = {"problem": "fail" if refuses else "warn", "warning": "warn", "note": "ok"}
+        for kind, text in found.findings:
+            rows.add("scene", text, state=states[kind])
+        if not found.findings:
+            rows.add("scene", f"cameras and pose are those of {card.name}")
+        pictures |= {f"{name} compared": picture for name, picture in found.pictures.items()}
+    return rows
 
 
 def fit(options: DoctorOptions, metadata: Any, robot: Any, seen: Observation | None, titles: dict[str, str]) -> Rows:

@@ -17,6 +17,7 @@ Large and small are shares of the range that a joint had in training: degrees, p
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
@@ -69,6 +70,7 @@ class EvalOptions(PolicyOptions):
     episodes: list[str] = field(default_factory=lambda: ["0"])  # their numbers, or 'all'
     action_horizon: int = 8  # actions executed per inference
     lang_instruction: str | None = None  # default: the recording's own task text
+    recordings: Path | None = None  # LeRobotDataset that the checkpoint was trained on, or its scene card: what the cameras saw
     camera_map: dict[str, str] = field(default_factory=dict)  # which camera of the data set is which of the checkpoint: "{front: webcam}"
     seed: int = 0  # of the noise
 
@@ -364,6 +366,22 @@ def findings_of_pictures(asked: Asked, chunks: Sequence[Chunk], rows: int, keys:
         yield Finding(CAMERAS, f"predictions follow the pictures and are no better for the right ones {errors}: another view than in training?")
 
 
+def findings_of_scene(source: Path, frames: LeRobotFrames, episodes: Sequence[Episode], names: tuple[str, ...]) -> Iterator[Finding]:
+    """The episodes' first pictures against those of the training data. Raises ConfigError for what is no data set, and no card, of this arm."""
+    from gr00t_fast.evaluation.scene import card_of
+    from gr00t_fast.scene.look import look
+
+    def tell(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    card, seen = card_of(source, names, tell), [frames[episode.first_row] for episode in episodes[:ENOUGH_EPISODES]]
+    pictures = {key.split(".", 1)[1]: np.median([each[key][0] for each in seen], axis=0).astype(np.uint8) for key in frames.cameras}
+    joints = np.median([episode.states[0] for episode in episodes], axis=0)
+    for kind, text in look(card, pictures, {name: name for name in pictures}, joints).findings:
+        if "camera" in text:
+            yield Finding(CAMERAS, f"against {card.name}: {text}", decides=kind == "problem")
+
+
 def is_good(found: Mapping[str, Any], findings: Sequence[Finding]) -> bool:
     """Whether the predictions need no explanation."""
     ratio, joints = found["ratio_to_hold"], list(found["joints"].values())
@@ -439,6 +457,8 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     width = np.ptp(np.concatenate([*recorded.trained.values()]), axis=0)
     found = figures(compared, recorded.names, np.maximum(width, 0.1 * width.max()))  # one that hardly moved is measured by the widest
     shift, findings = best_shift(chunks, options.action_horizon), [*findings_of_recording(recorded, metadata, frames)]
+    if options.recordings is not None:
+        findings += findings_of_scene(options.recordings, frames, episodes, recorded.names)
     if not is_good(found, findings):
         findings += findings_of_pictures(asked, chunks, options.action_horizon, list(frames.cameras))
     kind, evidence = judge(found, shift, findings)

@@ -388,13 +388,23 @@ def conversion(path: Path, version: str) -> str:
 
 @dataclass(frozen=True)
 class Recordings:
-    """begin: median over the episodes of the first measured joints, float64 (J,). fastest_units_s: the largest change of each joint's target from one
-    frame to the next, a second, float64 (J,). Both in the units of the data."""
+    """lengths: frames of each of E episodes. states, actions: the first measured joints and targets of each, float64 (E, J). fastest_units_s: the
+    largest change of each joint's target from one frame to the next, a second, float64 (J,). All in the units of the data."""
 
     name: str
-    episodes: int
-    begin: np.ndarray
+    lengths: tuple[int, ...]
+    states: np.ndarray
+    actions: np.ndarray
     fastest_units_s: np.ndarray
+
+    @property
+    def episodes(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def begin(self) -> np.ndarray:
+        """Median over the episodes of the first measured joints (J,)."""
+        return np.median(self.states, axis=0)
 
 
 def read_recordings(directory: Path, joint_names: tuple[str, ...]) -> Recordings:
@@ -421,7 +431,8 @@ def read_recordings(directory: Path, joint_names: tuple[str, ...]) -> Recordings
         raise ConfigError(f"--recordings={directory}: holds no frame, or joints that are not finite. Name recordings with measured joints.")
     first = np.flatnonzero(np.diff(episode, prepend=-1))  # rows at which an episode begins
     changes = np.abs(np.diff(action, axis=0))[np.diff(episode) == 0]
-    return Recordings(str(directory), len(first), np.median(state[first], axis=0), changes.max(axis=0, initial=0.0) * fps)
+    lengths = tuple(np.diff([*first, len(state)]).tolist())
+    return Recordings(str(directory), lengths, state[first], action[first], changes.max(axis=0, initial=0.0) * fps)
 
 
 def _check_joints(what: str, feature: dict[str, Any], joint_names: tuple[str, ...]) -> None:
@@ -432,3 +443,61 @@ def _check_joints(what: str, feature: dict[str, Any], joint_names: tuple[str, ..
     if shape != [len(joint_names)] or (bare and bare != list(joint_names)):
         told = f"{what} has {', '.join(bare) or shape}, the arm {', '.join(joint_names)}"
         raise ConfigError(f"{told}. Name recordings of this kind of arm.")
+
+
+# Single pictures of them
+
+
+@dataclass(frozen=True)
+class Filmed:
+    """A camera of a data set. policy: what `meta/modality.json` calls it in the checkpoint, or empty."""
+
+    feature: str
+    size: tuple[int, int]  # width, height
+    policy: str
+
+
+class RecordedPictures:
+    """Single frames of a LeRobotDataset's videos (v2.1 or v3), without lerobot. `cameras`: name -> Filmed."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises ConfigError where the data set is damaged, or of another version; MissingExtraError without pyarrow."""
+        self._path, self._info = directory, read_map(directory / "meta" / "info.json")
+        modality = read_map(file) if (file := directory / "meta" / "modality.json").is_file() else {}
+        policy_of = {entry.get("original_key"): name for name, entry in modality.get("video", {}).items()}
+        videos = {name: feature for name, feature in dict(self._info.get("features") or {}).items() if feature.get("dtype") == "video"}
+        self.cameras = {
+            name.rpartition(".")[2]: Filmed(name, size, policy_of.get(name, policy_of.get(name.rpartition(".")[2], "")))
+            for name, feature in videos.items()
+            if (size := _picture_size(feature)) is not None
+        }
+        self._rows: dict[int, dict[str, Any]] = {}
+        if str(self._info.get("codebase_version", "")).startswith("v3") and self.cameras:
+            parquet = require("pyarrow.parquet", "recordings")
+            try:
+                for part in sorted((directory / "meta" / "episodes").rglob("*.parquet")):
+                    wanted = [name for name in parquet.read_schema(part).names if name == "episode_index" or name.startswith("videos/")]
+                    self._rows |= {row["episode_index"]: row for row in parquet.read_table(part, columns=wanted).to_pylist()}
+            except (OSError, ValueError, KeyError) as error:
+                raise ConfigError(f"{directory}: meta/episodes cannot be read ({type(error).__name__}). {_MEND}") from error
+
+    def picture(self, camera: str, episode: int, frame: int) -> np.ndarray:
+        """uint8 RGB (H, W, 3). Raises ConfigError where it cannot be decoded; MissingExtraError without PyAV."""
+        av, key = require("av", "robot"), self.cameras[camera].feature
+        at_s, row = frame / float(self._info["fps"]), self._rows.get(episode, {})
+        try:
+            chunk = row.get(f"videos/{key}/chunk_index", episode // int(self._info.get("chunks_size") or 1000))
+            places = {"video_key": key, "chunk_index": chunk, "episode_chunk": chunk, "episode_index": episode}
+            file = self._path / self._info["video_path"].format(**places, file_index=row.get(f"videos/{key}/file_index", 0))
+            at_s += row.get(f"videos/{key}/from_timestamp", 0.0)
+            with av.open(str(file)) as container:
+                stream = container.streams.video[0]
+                container.seek(int(at_s / stream.time_base), stream=stream)
+                for decoded in container.decode(stream):
+                    if decoded.time + 0.5 / float(self._info["fps"]) > at_s:
+                        found: np.ndarray = decoded.to_ndarray(format="rgb24")
+                        return found
+            raise ValueError("the video ends before")
+        except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            why = f"{type(error).__name__}: {str(error)[:80]}"
+            raise ConfigError(f"{self._path}: frame {frame} of episode {episode}, camera '{camera}', cannot be decoded ({why}). {_MEND}") from error

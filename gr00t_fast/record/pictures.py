@@ -23,14 +23,15 @@ def write_pictures(frames: Mapping[str, np.ndarray], titles: Mapping[str, str], 
     try:
         out.mkdir(parents=True, exist_ok=True)
         for file, picture in pictures.items():
-            (out / file).write_bytes(_png(picture))
+            (out / file).write_bytes(png(picture))
         (out / name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--out: cannot write to '{out}': {error.strerror}.") from error
     return f"wrote {out / name}" + (f"; look at {out / SHEET_NAME}: is each camera under its name?" if frames else "")
 
 
-def _png(picture: np.ndarray) -> bytes:
+def png(picture: np.ndarray) -> bytes:
+    """uint8 RGB (height, width, 3) as a file."""
     import cv2
 
     encoded: np.ndarray = cv2.imencode(".png", picture[..., ::-1])[1]

@@ -28,6 +28,7 @@ from gr00t_fast.base.measurement import git_commit, machine, percentiles, versio
 from gr00t_fast.control.loop import ControlLoop, Observer
 from gr00t_fast.control.modes import Mode
 from gr00t_fast.control.trace import RunTrace, TickRecord
+from gr00t_fast.record.pictures import png
 from gr00t_fast.record.views import View, check_writable
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from gr00t_fast.control.limits import Limits
 
 
+SCENE_PICTURE, _SCENE_CAPTION = "scene.png", "as recorded (median of the first pictures), now, and the difference"
 SCHEMA, SCHEMA_VERSION = "gr00t_fast.run_report", 1
 LIMITS = ("clamped", "speed_limited", "following_limited")  # of a target; counted by joint
 _PERCENTILES = ("p50", "p95", "p99", "max")
@@ -48,6 +50,7 @@ _LIMIT_NOTES = (
     "following-limited: further ahead of the joint than --max_following_error_deg. All three count ticks.",
     "tracking: distance from a target to the pose one tick later.",
 )
+_SCENE_NOTE = "live less recorded: shift, right, down in pixels, roll in degrees, zoom a share; light logarithmic; score: 1 is the same picture."
 _SECRET_FLAGS, _HIDDEN = ("__api_token",), "(hidden)"  # dashes and underscores are the same to the flags
 _WIDTH_PX = 640  # of a camera's picture; larger ones are made smaller
 _STYLE = """
@@ -62,9 +65,15 @@ img { max-width: 100%; background: #fff } figure { display: inline-block; margin
 
 
 def build_report(
-    loop: ControlLoop, settings: Mapping[str, Any], warnings: Sequence[str] = (), argv: Sequence[str] | None = None, notes: Sequence[str] = ()
+    loop: ControlLoop,
+    settings: Mapping[str, Any],
+    warnings: Sequence[str] = (),
+    argv: Sequence[str] | None = None,
+    notes: Sequence[str] = (),
+    scene: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Everything about a finished (or failed) run as JSON-ready values. `settings`, `warnings` and `notes` are passed through."""
+    """Everything about a finished (or failed) run as JSON-ready values. `settings`, `warnings`, `notes` and `scene` (`Outputs.compared`) are passed
+    through."""
     trace, pacer, data = loop.trace, loop.pacer, loop.trace.arrays()
     errors = tracking_error(data)
     return {
@@ -91,6 +100,7 @@ def build_report(
         "landing": None if trace.landing is None else {**asdict(trace.landing), "safe": trace.landing.safe},
         "warnings": list(warnings),
         "notes": list(notes),
+        **({} if scene is None else {"scene": dict(scene)}),
         "settings": dict(settings),
         "machine": machine(),
         "versions": versions(),
@@ -173,7 +183,7 @@ def sections(report: Mapping[str, Any]) -> list[Section]:
     """Of a report as `build_report` makes it."""
     controller = {name.replace("_", " "): value for name, value in report["controller"].items() if value is not None}
     rows = [(name, _listed(value)) for name, value in controller.items()]
-    return [Section("run", (), list(_run_rows(report))), _stages(report), *_joints(report), Section("controller", (), rows)]
+    return [Section("run", (), list(_run_rows(report))), *_scene(report), _stages(report), *_joints(report), Section("controller", (), rows)]
 
 
 def _run_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -216,6 +226,14 @@ def _joints(report: Mapping[str, Any]) -> Iterator[Section]:
     rows = [(name, *(safety[limit][name] for limit in LIMITS), *row) for name, row in errors.items()]
     columns = (f"joint ({tracking['unit']})", *(limit.replace("_", "-") for limit in LIMITS), "tracking p50", "p95", "max")
     yield Section("joints", columns, rows, _LIMIT_NOTES)
+
+
+def _scene(report: Mapping[str, Any]) -> Iterator[Section]:
+    """Cameras against the recordings: what was measured. What follows of it is among the warnings and notes."""
+    if measures := report.get("scene", {}).get("measures"):
+        columns = ("shift", "right", "down", "roll", "zoom", "light", "sharp", "covered", "score")
+        rows = [(camera, *(row[name] for name in columns)) for camera, row in measures.items()]
+        yield Section("scene", ("camera", *columns), rows, (_SCENE_NOTE,))
 
 
 def _listed(value: Any) -> str:
@@ -352,6 +370,8 @@ class Outputs:
         self._first: Mapping[str, np.ndarray] = {}  # pictures of the run
         self._last: Mapping[str, np.ndarray] = {}
         self.shown = ""  # of the report, as it was printed
+        self._scene: Mapping[str, Any] | None = None  # facts and pictures of the look at the scene
+        self._scene_pictures: Mapping[str, np.ndarray] = {}
         self._stack = ExitStack()
 
     @property
@@ -375,13 +395,22 @@ class Outputs:
         for view in self._views:
             view.sink.prepare(observation)
 
+    def compared(self, facts: Mapping[str, Any], pictures: Mapping[str, np.ndarray]) -> None:
+        """What the look at the scene found, for the report. Its pictures (camera -> recorded, live, difference) are written at once: the run may be
+        refused. Raises RecordingError."""
+        self._scene, self._scene_pictures = facts, pictures
+        if self._out is not None and pictures:
+            write_files(self._out, [(SCENE_PICTURE, png(np.vstack(list(pictures.values()))))])
+
     def write(
         self, loop: ControlLoop, settings: Mapping[str, Any], warnings: Sequence[str], failing: bool = False, notes: Sequence[str] = ()
     ) -> None:
         """Print the report, `warnings` and `notes` once more in it, and write the files. Raises RecordingError when the disk refuses; with `failing`,
         when the run's own error is on its way to the user, that is only a warning."""
         try:
-            report = build_report(loop, settings, [*warnings, *(warning for view in self._views for warning in view.warnings)], notes=notes)
+            report = build_report(
+                loop, settings, [*warnings, *(warning for view in self._views for warning in view.warnings)], notes=notes, scene=self._scene
+            )
             try:
                 if not self._silent:
                     self._show(loop, report)
@@ -421,7 +450,8 @@ class Outputs:
         yield from contents(loop.trace, report)
         if len(loop.trace):
             joints, pace = png_of(joints_figure(loop.trace, loop.robot.joint_unit)), png_of(pace_figure(loop.trace, loop.options.fps))
-            page = as_page(report, [("joints", joints), ("pace", pace)], [("first", self._first), ("last", self._last)])
+            frames = [(_SCENE_CAPTION, self._scene_pictures), ("first", self._first), ("last", self._last)]
+            page = as_page(report, [("joints", joints), ("pace", pace)], frames)
             yield from {"joints.png": joints, "report.html": page.encode()}.items()
 
 

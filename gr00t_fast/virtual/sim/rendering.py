@@ -231,12 +231,12 @@ class SceneRenderer:
         self._hidden_face = np.concatenate([np.full(len(part.mesh.faces), part.hidden_from or "-") for part in parts])
         self._palette = _pack(shade_table(_LEVELS)).reshape(-1)
         self._ground_colours = np.concatenate([_pack(wood(_TEXELS)).reshape(-1), _pack(_backdrop())])
-        self._front_ground: dict[tuple[int, int], _Ground] = {}
+        self._front_ground: dict[tuple[bytes, int, int], _Ground] = {}  # the last one
 
     def draw(self, positions: np.ndarray, rotations: np.ndarray, camera: Pinhole, view: str, samples: int = 1) -> np.ndarray:
         """uint8 RGB (height, width, 3) of bodies at positions (bodies,3), rotations (bodies,3,3), in the model's order.
 
-        view: the camera's name, for parts hidden from it; `front` never moves, so its table is worked out once.
+        view: the camera's name, for parts hidden from it; the table of `front` is worked out when that camera was moved.
         samples: rays per pixel along each axis; 2 smooths edges at four times the cost. Raises ConfigError.
         """
         if samples not in (1, 2, 3, 4):
@@ -262,12 +262,12 @@ class SceneRenderer:
         return image
 
     def _ground(self, camera: Pinhole, view: str) -> _Ground:
-        size = (camera.width, camera.height)
-        ground = self._front_ground.get(size) if view == "front" else None
+        place = (np.r_[camera.position, camera.axes.reshape(-1), camera.fovy_deg].tobytes(), camera.width, camera.height)
+        ground = self._front_ground.get(place) if view == "front" else None
         if ground is None:
             ground = _see_ground(camera, self._ground_colours)
             if view == "front":
-                self._front_ground[size] = ground
+                self._front_ground = {place: ground}
         return ground
 
     def _shadow_map(self, points: np.ndarray) -> np.ndarray:

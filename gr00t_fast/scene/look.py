@@ -1,0 +1,263 @@
+"""Live pictures and the arm's pose against a card: which camera is which, what was moved, the light, and what of it forbids a run.
+
+A finding is (kind, text) as those of the pre-flight: a problem contradicts the data set, a warning is for the user to judge, a note says what is so.
+Nothing is refused for want of evidence. Axis alphabet: J joints, H and W height and width of registration.SIZE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import permutations
+from typing import Literal
+
+import cv2
+import numpy as np
+
+from gr00t_fast.scene.card import Card, Trained, measured
+from gr00t_fast.scene.registration import IDENTITY, LEAST_BLOCKS, View, agreement, candidates, register, roughly, shrunk, warped
+
+Finding = tuple[Literal["problem", "warning", "note"], str]
+ASSUMED_VIEW_DEG = 60.0  # across the picture: webcams have 55 to 75
+FLOOR = {"shift": 2.0, "light": 0.15, "colour": 0.12, "covered": 0.08, "sharp": 0.6}  # less is not told
+_TIMES = 1.5  # as much as the episodes vary by
+_MUCH_LIGHT, _MUCH_COLOUR, _MUCH_COVERED, _MUCH_BLUR = (
+    1.05,
+    0.7,
+    0.3,
+    0.2,
+)  # from here on a warning, not a note
+_SURE = 0.3  # of the way from the score of chance to that of an episode: from here on it is the same scene
+_MARGIN = 0.15  # by so much must another order of the cameras, or a turned picture, agree better
+_POSE_DEG = 5.0  # from where episodes begin, beyond what they vary by
+_MOUNTED_DEG = 2.0  # the same for a camera that moves with the arm: more, and its picture is another one
+_ASPECT = 0.02
+_LEAST_AREA = 0.25  # of a picture that was zoomed
+_TURNS = {90: "turned a quarter", 180: "upside down", 270: "turned a quarter"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """How a live picture fits a trained one best."""
+
+    score: float
+    place: np.ndarray
+    mirrored: bool
+    turn: int  # 0, 90, 180 or 270 degrees
+
+    @property
+    def straight(self) -> bool:
+        return not self.mirrored and not self.turn
+
+
+@dataclass
+class Look:
+    """findings in the order of their weight. Of each camera: measures (card.measured), its place (3, 3) upon the recorded picture, and uint8 RGB
+    (H, 3 W, 3): the recorded picture, the live one, their difference."""
+
+    findings: list[Finding] = field(default_factory=list)
+    measures: dict[str, dict[str, float]] = field(default_factory=dict)
+    pictures: dict[str, np.ndarray] = field(default_factory=dict)
+    places: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def look(card: Card, frames: Mapping[str, np.ndarray], camera_map: Mapping[str, str], joints: np.ndarray | None = None, led: bool = False) -> Look:
+    """frames: the robot's camera -> uint8 RGB (height, width, 3) of any size. camera_map: {robot camera: policy camera}. joints (J,) in the units of
+    the card; None: not known. led: the arm is moved slowly to where it begins."""
+    found, away = Look(), None
+    if joints is not None and joints.shape == card.begin.shape:
+        away = np.maximum(np.abs(joints - card.begin) - card.begin_spread, 0)
+        found.findings += _pose(card, joints, away, led)
+    views, judged = dict[str, View](), dict[str, Trained]()
+    for robot in [name for name in frames if name in camera_map] or frames:
+        camera = of_policy(card, camera_map.get(robot, robot))
+        if why := _unfit(card, camera, frames[robot], away):
+            found.findings.append(("note", f"camera '{robot}' cannot be compared with the recordings: {why}."))
+        elif camera is not None:
+            views[robot], judged[robot] = View.of(shrunk(frames[robot])), camera
+    places = {(robot, robot): _best(camera, views[robot]) for robot, camera in judged.items()}
+    slots = [robot for robot in judged if places[robot, robot][0].score <= 1 - _MARGIN]
+    others = (
+        {robot: views.get(robot) or View.of(shrunk(frames[robot])) for robot in frames if robot in slots or robot not in camera_map} if slots else {}
+    )
+    places |= {(robot, slot): _best(judged[slot], others[robot]) for robot in others for slot in slots if robot != slot}
+    moved = _exchanged(places, judged, slots, list(others))
+    for robot, camera in judged.items():
+        if robot not in moved:
+            found.findings += _judge(robot, camera, views[robot], places[robot, robot], found)
+        else:
+            found.pictures[robot] = side_by_side(camera, views[robot])
+    if moved:
+        right = {robot: policy for robot, policy in camera_map.items() if robot not in {*moved, *moved.values()}}
+        right |= {robot: camera_map.get(slot, slot) for slot, robot in moved.items()}
+        which = ", ".join(f"'{robot}' shows what the policy knows as '{camera_map.get(slot, slot)}'" for slot, robot in moved.items())
+        whole = ", ".join(f"{robot}: {policy}" for robot, policy in right.items())
+        found.findings.append(("problem", f'cameras are exchanged: {which}. Use --camera_map="{{{whole}}}".'))
+    found.findings.sort(key=lambda each: ("problem", "warning", "note").index(each[0]))
+    return found
+
+
+def of_policy(card: Card, name: str) -> Trained | None:
+    """The data set's camera that the policy calls `name`."""
+    named = [camera for camera in card.cameras.values() if camera.policy == name] + [
+        camera for camera in card.cameras.values() if camera.name == name
+    ]
+    return named[0] if named else next(iter(card.cameras.values())) if len(card.cameras) == 1 else None
+
+
+def _unfit(card: Card, camera: Trained | None, frame: np.ndarray, away: np.ndarray | None) -> str:
+    """Why a camera cannot be judged; empty where it can. away (J,): how far each joint is from where episodes begin; None: not known."""
+    if camera is None:
+        return f"the data set has {', '.join(card.cameras) or 'no pictures'}, and which of them this is is not known"
+    if abs(frame.shape[1] * camera.size[1] / (frame.shape[0] * camera.size[0]) - 1) > _ASPECT:
+        return f"it delivers {frame.shape[1]}x{frame.shape[0]}, the data set has {camera.size[0]}x{camera.size[1]}: another aspect ratio"
+    if camera.moves and (away is None or away.max() > _MOUNTED_DEG):
+        off = "how the arm stands is not known" if away is None else f"{card.joints[int(away.argmax())]} is {away.max():.0f} off"
+        return f"it moves during the recordings, and {off}: move the arm to where they begin, and look again"
+    if agreement(camera.view, camera.view, IDENTITY)[1].sum() < LEAST_BLOCKS:
+        return "nearly all of its picture varies from episode to episode, or is plain"
+    return ""
+
+
+def _best(trained: Trained, live: View) -> list[Place]:
+    """The best place of each kind, as it is or turned, mirrored or not, the best first; up to one that no other could better by the margin."""
+    found: dict[tuple[bool, int], Place] = {}
+    for mirrored, view in ((False, live), (True, live.mirrored())):
+        for begun in candidates(trained.view, view):
+            score, place = roughly(trained.view, view, begun)
+            if not _LEAST_AREA < np.linalg.det(place[:2, :2]) < 1 / _LEAST_AREA:
+                continue  # turned inside out, as wood grain may be matched: the mirrored picture is looked at, too; or shrunk to nothing
+            turn = round(np.rad2deg(np.arctan2(place[1, 0] - place[0, 1], place[0, 0] + place[1, 1])) / 90) % 4 * 90
+            if (kind := (mirrored, turn)) not in found or score > found[kind].score:
+                found[kind] = Place(score, place, mirrored, turn)
+            if score > 1 - _MARGIN:
+                break
+        else:
+            continue
+        break
+    return sorted(found.values(), key=lambda each: -each.score)
+
+
+def _sure(trained: Trained) -> float:
+    """The score from which on a picture is certainly of this camera's scene."""
+    return trained.chance + _SURE * (trained.varies.get("score", 1.0) - trained.chance)
+
+
+def _exchanged(places: Mapping[tuple[str, str], list[Place]], judged: Mapping[str, Trained], slots: list[str], robots: list[str]) -> dict[str, str]:
+    """Robot camera -> the one that shows what it should; only where each of these agrees clearly better."""
+    orders = [dict(zip(slots, order, strict=True)) for order in permutations(robots, len(slots))]
+    best = max(orders, key=lambda order: sum(places[robot, slot][0].score for slot, robot in order.items()))
+    moved = {slot: robot for slot, robot in best.items() if slot != robot}
+    least = {slot: max(places[slot, slot][0].score + _MARGIN, _sure(judged[slot])) for slot in moved}
+    return moved if all(places[robot, slot][0].score > least[slot] for slot, robot in moved.items()) else {}
+
+
+def _judge(robot: str, trained: Trained, live: View, places: list[Place], found: Look) -> Iterator[Finding]:
+    """One camera, at its own place."""
+    best = max(places, key=lambda each: each.score + _MARGIN * each.straight)
+    what, usual = f"camera '{robot}'", trained.varies
+    if best.mirrored:
+        live = live.mirrored()
+    place = found.places[robot] = register(trained.view, live, best.place) if best.score > trained.chance else best.place
+    seen = found.measures[robot] = measured(trained, live, place)
+    if live.picture.max(-1).mean() < 12 or live.usable.mean() < 0.1:
+        yield "warning", f"{what} is black or white nearly everywhere: covered, or without light. It cannot be compared with the recordings."
+    elif max(best.score, seen["score"]) < _sure(trained):
+        if trained.varies and max(best.score, seen["score"]) <= trained.chance + 0.1:
+            text = f"{what} shows another scene than the recordings, or was moved far: it agrees with them no better than a picture turned over"
+            yield "problem", f"{text}. Compare the pictures; put the camera where it was, or give the recordings of this scene."
+        else:
+            yield (
+                "warning",
+                f"{what} agrees poorly with the recordings ({seen['score']:.2f}, episodes {usual.get('score', 1):.2f}). Compare the pictures.",
+            )
+    elif not best.straight:
+        how = " and ".join([*(["mirrored"] if best.mirrored else []), *([_TURNS[best.turn]] if best.turn else [])])
+        turn = f"Set rotation: {-90 if best.turn == 90 else 360 - best.turn if best.turn else 0} in --robot.cameras" if best.turn else ""
+        flip = "switch mirroring off in the camera's driver (v4l2-ctl --set-ctrl=horizontal_flip=0)" if best.mirrored else ""
+        yield "problem", f"{what} is {how}. {' and '.join(filter(None, (turn, flip)))}.".replace(". s", ". S")
+    elif _colours_exchanged(trained, live, place):
+        yield "problem", f"{what} has red and blue exchanged. Set its color_mode to the other one, rgb or bgr, in --robot.cameras."
+    else:
+        yield from _moved(what, trained, seen)
+        yield from _light(what, trained, seen)
+    found.pictures[robot] = side_by_side(trained, live)
+
+
+def _limit(trained: Trained, measure: str, floor: float) -> float:
+    return max(floor, _TIMES * trained.varies.get(measure, 0.0))
+
+
+def most_shift(trained: Trained) -> float:
+    """By how many pixels of its own size a camera's picture may be off: more is told."""
+    return _limit(trained, "shift", FLOOR["shift"] * trained.size[0] / 640)
+
+
+def _moved(what: str, trained: Trained, seen: Mapping[str, float]) -> Iterator[Finding]:
+    if seen["shift"] <= most_shift(trained):
+        return
+    varied = f"episodes vary by {trained.varies['shift']:.1f}" if trained.varies else "of one episode it is not known how much they vary"
+    degrees = ASSUMED_VIEW_DEG / trained.size[0]
+    corner = np.hypot(*trained.size) / 2
+    ways = {
+        "right": (abs(seen["right"]), f"{abs(seen['right']) * degrees:.1f} degrees to the {'right' if seen['right'] > 0 else 'left'}"),
+        "down": (abs(seen["down"]), f"{abs(seen['down']) * degrees:.1f} degrees {'down' if seen['down'] > 0 else 'up'}"),
+        "roll": (np.deg2rad(abs(seen["roll"])) * corner, f"{abs(seen['roll']):.1f} degrees {'' if seen['roll'] > 0 else 'counter'}clockwise"),
+        "zoom": (abs(seen["zoom"]) * corner, f"{abs(seen['zoom']):.1%} {'away' if seen['zoom'] > 0 else 'nearer'}"),
+    }
+    most = max(size for size, _ in ways.values())
+    back = ", ".join(text for size, text in sorted(ways.values(), reverse=True) if size >= most / 2)
+    off = f"off by {seen['shift']:.0f} pixels ({varied}), {seen['shift'] * degrees:.1f} degrees if the lens sees {ASSUMED_VIEW_DEG:.0f}"
+    yield "warning", f"{what} was moved, turned or zoomed: its picture is {off}. Back: turn, move or zoom it {back}."
+
+
+def _light(what: str, trained: Trained, seen: Mapping[str, float]) -> Iterator[Finding]:
+    kind: Literal["warning", "note"]
+    light, factor = abs(seen["light"]), float(np.exp(seen["light"]))
+    if light > _limit(trained, "light", FLOOR["light"]):
+        text = f"{what} is {'brighter' if factor > 1 else 'darker'} than in the recordings: {factor:.2f} times"
+        yield "warning" if light > _MUCH_LIGHT else "note", f"{text}. Check lamps, daylight and exposure."
+    tint = {name: seen[name] for name in ("red", "blue") if abs(seen[name]) > _limit(trained, name, FLOOR["colour"])}
+    if tint:
+        said = ", ".join(f"{name} {np.exp(value):.2f} times" for name, value in tint.items())
+        yield (
+            "warning" if max(map(abs, tint.values())) > _MUCH_COLOUR else "note",
+            f"{what} has other colours: {said}. Check lamps and white balance.",
+        )
+    if seen["shift"] > most_shift(trained):  # these are then of other parts of the scene
+        return
+    if seen["sharp"] < FLOOR["sharp"] * trained.varies.get("sharp", 1.0):
+        kind = "warning" if seen["sharp"] < _MUCH_BLUR else "note"
+        yield kind, f"{what} is out of focus: {seen['sharp']:.0%} of the fine detail is there. Check focus and lens."
+    if seen["covered"] > _limit(trained, "covered", 0) + FLOOR["covered"]:
+        kind = "warning" if seen["covered"] > _MUCH_COVERED else "note"
+        yield (
+            kind,
+            f"{what}: about {seen['covered']:.0%} of the picture shows something else: something before the lens, new things, or the arm elsewhere.",
+        )
+
+
+def _colours_exchanged(trained: Trained, live: View, place: np.ndarray) -> bool:
+    """Whether red and blue vary over the picture as they did, one for the other; their ratio alone would be the colour of the light."""
+    both = trained.view.usable & (warped(live.usable.astype(np.uint8), place, smooth=False) > 0)
+    upon = warped(live.picture, place)
+    both &= ((upon > 8) & (upon < 245)).all(-1)
+    one, other = (cv2.GaussianBlur(np.log(each.astype(np.float32) + 8), (0, 0), 2)[both] for each in (trained.median, upon))
+    if len(one) < 500:
+        return False
+    ratio, live_ratio = one[:, 0] - one[:, 2], other[:, 0] - other[:, 2]
+    return float(ratio.std()) > 0.05 and float(np.corrcoef(ratio, live_ratio)[0, 1]) < -0.3
+
+
+def _pose(card: Card, joints: np.ndarray, away: np.ndarray, led: bool) -> Iterator[Finding]:
+    far = [f"{name} at {joints[n]:.0f}, recordings begin at {card.begin[n]:.0f}" for n, name in enumerate(card.joints) if away[n] > _POSE_DEG]
+    if far:
+        way = "It is led there slowly" if led else "Let it be led there: --home=recordings"
+        yield "note" if led else "warning", f"the arm does not stand where the recordings begin: {'; '.join(far)}. {way}."
+
+
+def side_by_side(trained: Trained, live: View) -> np.ndarray:
+    """uint8 RGB (H, 3 W, 3): training's median, the live picture, and where they differ at the same mean brightness."""
+    gain = (trained.median.mean() + 1) / (live.picture.mean() + 1)
+    away = np.abs(trained.median.astype(np.float32) - live.picture * gain)
+    return np.hstack([trained.median, live.picture, np.clip(2 * away, 0, 255).astype(np.uint8)])
