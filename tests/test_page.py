@@ -38,7 +38,7 @@ FRAMES = {"front": np.full((48, 64, 3), 90, np.uint8)}
 
 
 def facts(hosts: tuple[str, ...], token: str) -> PageFacts:
-    return PageFacts(SO100_JOINTS, "degrees", ("front",), 2, 8.0, {Mode.AWAY: 5.0}, hosts, token, "")
+    return PageFacts(SO100_JOINTS, "degrees", ("front",), 2, 8.0, {Mode.AWAY: 5.0}, hosts, token, "", False)
 
 
 def tick(number: int, **named: Any) -> TickRecord:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import virtual_camera
 
 pytest.importorskip("nicegui")
 pytest.importorskip("selenium", reason="drives the browser: pip install selenium")
@@ -63,9 +65,9 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
 class Run(subprocess.Popen):
     """A command with a page; `url` once it is printed."""
 
-    def __init__(self, *argv: str) -> None:
+    def __init__(self, *argv: str, environment: dict[str, str] | None = None) -> None:
         command = [sys.executable, "-m", "gr00t_fast", *argv, "--page=127.0.0.1:0"]
-        super().__init__(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+        super().__init__(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment)
         self.lines, found = [], queue.SimpleQueue()
 
         def read() -> None:
@@ -82,8 +84,8 @@ class Run(subprocess.Popen):
 
 
 @contextlib.contextmanager
-def running(*argv: str) -> Iterator[Run]:
-    with Run(*argv) as run:
+def running(*argv: str, environment: dict[str, str] | None = None) -> Iterator[Run]:
+    with Run(*argv, environment=environment) as run:
         try:
             yield run
         finally:
@@ -241,3 +243,57 @@ def test_a_cable_that_is_away_is_said(browser: WebDriver, programs: Programs, tm
         assert drive.away_deg.max() < 4.0
     finally:
         drive.close()
+
+
+# The cameras put back where they were (`gr00t-fast align`)
+
+
+@pytest.mark.skipif(virtual_camera.compiler() is None, reason="needs a C compiler for the virtual camera (apt install gcc)")
+def test_a_camera_that_is_turned_as_the_page_says_becomes_green(browser: WebDriver, tmp_path: Path) -> None:
+    """A camera of the simulated scene is turned and rolled; a person follows the arrows."""
+    pytest.importorskip("mujoco")
+    from benchmarks.scene import Config, Displaced, Study
+    from gr00t_fast.base.contracts import SO100_JOINTS
+    from gr00t_fast.scene.card import Card
+
+    study = Study(Config(recorded=10))
+    Card(**vars(study.card) | {"joints": SO100_JOINTS, "cameras": {"front": study.card.cameras["front"]}}).save(tmp_path / "card.npz")
+    virtual_camera.build_plugin(tmp_path)
+    turned = np.array([0.0, 4.0, -3.0])  # up, left, counterclockwise
+
+    def place() -> None:
+        virtual_camera.write_camera(tmp_path, 0, study.film("front", 40, Displaced(turn_deg=tuple(turned)))[..., ::-1])
+
+    def off() -> str:
+        return browser.execute_script("return document.querySelector('.off').innerText")
+
+    def ways() -> str:
+        return browser.execute_script("return document.querySelector('.ways').innerText")
+
+    place()
+    camera = "{front: {type: opencv, index_or_path: 0, width: 640, height: 480}}"
+    words = ["align", f"--recordings={tmp_path / 'card.npz'}", "--robot.type=so100_follower", f"--robot.cameras={camera}"]
+    with running(*words, environment=virtual_camera.plugin_environment(tmp_path)) as run:
+        browser.get(run.url)
+        until(lambda: len(pictures(browser)) == 2 and all(pictures(browser)), "the picture and its ghost", 30.0)
+        until(lambda: "pixels off" in off(), "how far it is off", 30.0)
+        seen = [off()]
+        keep(browser, "align_off")
+        for _ in range(12):
+            if "as in the recordings" in ways():
+                break
+            for sign, axis, word in ((-1, 1, "right"), (1, 1, "left"), (-1, 0, "down"), (1, 0, "up")):
+                turned[axis] += sign * sum(map(float, re.findall(rf"turn it ([\d.]+) degrees {word}", ways())))
+            for sign, word in ((-1, "clockwise"), (1, "counterclockwise")):
+                turned[2] += sign * sum(map(float, re.findall(rf"roll it ([\d.]+) degrees {word}", ways())))
+            place()
+            until(lambda: off() != seen[-1], "the number follows", 20.0)
+            time.sleep(2.0)  # of the new place alone
+            seen.append(off())
+        numbers = [float(text.split()[0]) for text in seen]
+        assert "as in the recordings" in ways(), (seen, ways(), turned)
+        assert numbers[-1] < 0.2 * numbers[0]
+        assert np.abs(turned).max() < 0.5
+        keep(browser, "align_right")
+        button(browser, "DONE").click()
+        assert run.wait(30) == 0, "".join(run.lines)

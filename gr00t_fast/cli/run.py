@@ -254,7 +254,7 @@ def drive(
             session = session_of(stop, keys, recorder, echo=say, page=page)
             begin = [preflight.connected, outputs.prepare]
             if card is not None:
-                begin.insert(1, scene_check(config, card, policy, robot, preflight, outputs, led))
+                begin.insert(1, scene_check(config, card, policy, robot, preflight, outputs, led, page))
             if page is not None:
                 begin.insert(1, lambda observation: page.connected(robot, observation))
             if recorder is not None:
@@ -354,7 +354,7 @@ def build_page(config: RunConfig, robot: Robot, stop: StopSignals) -> PageView |
     def facts(hosts: tuple[str, ...], token: str) -> PageFacts:
         limits = {mode: limit_s for mode, limit_s in limits_s.items() if limit_s is not None}
         arm, episodes = (robot.joint_names, robot.joint_unit, tuple(robot.cameras)), (config.episodes, config.timeout)
-        return PageFacts(*arm, *episodes, limits, hosts, token, config.blind)
+        return PageFacts(*arm, *episodes, limits, hosts, token, config.blind, config.recordings is not None)
 
     def show_address(line: str) -> None:  # also with --quiet: nothing else holds the token
         print(line, file=sys.stderr if config.json or config.quiet else sys.stdout, flush=True)
@@ -390,7 +390,7 @@ def recorded_scene(config: RunConfig, robot: Robot, say: Callable[[str], None]) 
 
 
 def scene_check(
-    config: RunConfig, card: Card, policy: Any, robot: Robot, preflight: Preflight, outputs: Outputs, led: bool
+    config: RunConfig, card: Card, policy: Any, robot: Robot, preflight: Preflight, outputs: Outputs, led: bool, page: PageView | None
 ) -> Callable[[Observation], None]:
     """What compares the first observation with the recordings. Raises PreflightError where they contradict each other."""
     from gr00t_fast.evaluation.scene import told
@@ -401,6 +401,8 @@ def scene_check(
     def check(observation: Observation) -> None:
         seen = look(card, observation.frames, camera_map, observation.joints, led)
         outputs.compared({"recordings": card.name, "findings": seen.findings, "measures": told(seen.measures)}, seen.pictures)
+        if page is not None:
+            page.compared(observation, seen.pictures)
         preflight.judge([*seen.findings])
 
     return check

@@ -28,8 +28,9 @@ _STYLE = """
 <style>
  :root { --ghost: .5 } .nicegui-content { padding: .6rem; gap: .6rem; max-width: 90rem; margin: auto; width: 100% }
  .views { display: flex; flex-wrap: wrap; gap: 1rem; width: 100% } .views > * { flex: 1 1 20rem; min-width: 0 }
- .cameras figure { margin: 0; position: relative } .cameras img { width: 100%; display: block }
- .cameras figure + figure { position: absolute; inset: 0; opacity: var(--ghost) } .cameras { position: relative } figcaption { display: none }
+ .cameras { position: relative } .cameras figure { margin: 0; position: relative }
+ .cameras img { width: 100%; max-height: 75vh; object-fit: contain; object-position: left; display: block }
+ .cameras figure + figure { position: absolute; inset: 0; opacity: var(--ghost) } figcaption { display: none }
  .off { font-size: 1.6rem; font-weight: 700; font-variant-numeric: tabular-nums } .ways { font-size: 1.1rem; white-space: pre-line }
 </style>
 """
@@ -94,15 +95,16 @@ class AlignPage(WebPage):
         ui.label("Move each camera until its number is green. The recorded picture lies over the live one.").classes("text-h6")
         with ui.row().classes("w-full items-center no-wrap"):
             ui.label("live")
-            ui.slider(min=0, max=1, step=0.05, value=0.5, on_change=lambda event: ui.run_javascript(_GHOSTLY.format(float(event.value))))
+            ghost = ui.slider(min=0, max=1, step=0.05, value=0.5).style("flex: 1; max-width: 30rem")
+            ghost.on_value_change(lambda event: ui.run_javascript(_GHOSTLY.format(float(event.value))))
             ui.label("recorded")
             ui.button("done", on_click=self._end)
         with ui.element("div").classes("views"):
             for name in self._map:
                 with ui.element("div"):
                     ui.label(name).classes("text-subtitle1")
-                    self.pictures([name, name + _GHOST])
                     views[name] = ui.label().classes("off"), ui.label().classes("ways")
+                    self.pictures([name, name + _GHOST])
         ui.label(
             f"Ways in centimetres are for a camera {100 * _DISTANCE_M:.0f} cm from what it sees, whose lens sees {ASSUMED_VIEW_DEG:.0f} degrees."
         )

@@ -29,6 +29,7 @@ DEFAULT_PORT, OPEN = 8100, "open"
 BARE = f"{HERE}:{DEFAULT_PORT}"  # what `--page` without a value means
 _OFF = ("false", "no", "off", "0")
 _ADDRESS = re.compile(r"(?P<host>\[[\da-fA-F:.%]+\]|[\w.-]*):(?P<port>\d{1,5})|(?P<only>\d{1,5})")
+COMPARED = " as recorded, now, difference"  # behind a camera's name
 _PICTURE_S = 0.1  # between two pictures of a camera
 _START_S, _FINISH_S = 30.0, 5.0  # to start: on a slow disk or a busy machine; the arm is not powered yet
 _MOST_WAITING = 50  # calls that the page has not answered: beyond, it hangs and is told no more words
@@ -61,6 +62,7 @@ class PageFacts:
     hosts: tuple[str, ...]
     token: str
     trial: str
+    compares: bool  # whether pictures are compared with recordings
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,11 @@ class PageView(View):
         """The first look: how far each joint may go, and room for ticks like this one."""
         self.sink.prepare(observation)
         self._call("ranges", robot.joint_limits.tolist())
+
+    def compared(self, observation: Observation, pictures: Mapping[str, np.ndarray]) -> None:
+        """What a look at the scene compared: camera -> uint8 RGB (height, width, 3); shown where it is no larger than the cameras' pictures."""
+        named = {f"{camera}{COMPARED}": picture for camera, picture in pictures.items()}
+        self.sink.put(replace(observation, frames=named), PageNote(None, Mode.CONNECTED, *self.playing(), ()))
 
     def see(self, observation: Observation, tick: TickRecord | None = None, mode: Mode = Mode.HOLD) -> None:
         now_s = time.monotonic()

@@ -18,7 +18,7 @@ from gr00t_fast.base.contracts import Observation
 from gr00t_fast.base.keyboard import LEFT, RIGHT, SPACE
 from gr00t_fast.control.modes import Mode
 from gr00t_fast.control.trace import TickRecord
-from gr00t_fast.record.page import PageFacts, PageNote
+from gr00t_fast.record.page import COMPARED, PageFacts, PageNote
 from gr00t_fast.record.sink import Tell
 from gr00t_fast.record.web import REFRESH_S, WebPage
 
@@ -167,6 +167,8 @@ class PageServer(WebPage):
                     text = ui.input("instruction of the next episode").props(f"maxlength={_LONGEST_INSTRUCTION} dense outlined")
                     text.style("flex: 1").mark("text")
                     ui.button("take it", on_click=lambda: self._instruct(text)).props("no-caps").mark("instruct")
+        if facts.compares:
+            self.pictures(camera + COMPARED for camera in facts.cameras)
         lines = ui.label().classes("text").mark("lines")
         with ui.footer().style("flex-direction: column; align-items: stretch; gap: .4rem; background: #222e") as controls:
             with ui.row().classes("w-full no-wrap").style("gap: .3rem"):

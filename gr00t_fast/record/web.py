@@ -38,6 +38,13 @@ _SCRIPT = """
    next.onerror = () => setTimeout(follow, 700, old, url)
    next.src = url + '?' + Date.now()
  }
+ function followAll() {
+   for (const picture of document.querySelectorAll('img[data-url]')) {
+     const url = picture.dataset.url
+     delete picture.dataset.url  // once each
+     follow(picture, url)
+   }
+ }
 </script>
 """
 
@@ -74,15 +81,15 @@ class WebPage(contextlib.AbstractContextManager):
         raise NotImplementedError
 
     def show(self, frames: Mapping[str, np.ndarray]) -> None:
-        """The newest pictures, name -> uint8 RGB (height, width, 3): made smaller and encoded while somebody looks."""
-        if self.browsers:
-            for name, frame in frames.items():
+        """The newest pictures, name -> uint8 RGB (height, width, 3): made smaller and encoded while somebody looks, the first always."""
+        for name, frame in frames.items():
+            if self.browsers or name not in self._pictures:
                 self._pictures[name] = self._jpeg(frame)
 
     def pictures(self, names: Iterable[str]) -> Any:
         """The element that follows these pictures, for `page`."""
         element = self.ui.html("".join(map(_figure, names)), sanitize=False).classes("cameras")
-        self.ui.run_javascript("document.querySelectorAll('.cameras img').forEach(i => follow(i, i.dataset.url))")
+        self.ui.run_javascript("followAll()")
         return element
 
     def _jpeg(self, frame: np.ndarray) -> bytes:
