@@ -93,7 +93,7 @@ class AlignPage(WebPage):
         ui, views = self.ui, {}
         ui.add_head_html(_STYLE)
         ui.label("Move each camera until its number is green. The recorded picture lies over the live one.").classes("text-h6")
-        with ui.row().classes("w-full items-center no-wrap"):
+        with ui.row().classes("full-width items-center no-wrap"):
             ui.label("live")
             ghost = ui.slider(min=0, max=1, step=0.05, value=0.5).style("flex: 1; max-width: 30rem")
             ghost.on_value_change(lambda event: ui.run_javascript(_GHOSTLY.format(float(event.value))))

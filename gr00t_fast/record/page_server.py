@@ -163,7 +163,7 @@ class PageServer(WebPage):
                 numbers = ui.label().classes("facts").mark("facts")
                 joints = ui.html("", sanitize=False).classes("bars")
                 ui.label("blue: measured, red: sent, orange: what the chunk still holds").classes("text-caption")
-                with ui.row().classes("w-full items-center no-wrap") as next_instruction:
+                with ui.row().classes("full-width items-center no-wrap") as next_instruction:
                     text = ui.input("instruction of the next episode").props(f"maxlength={_LONGEST_INSTRUCTION} dense outlined")
                     text.style("flex: 1").mark("text")
                     ui.button("take it", on_click=lambda: self._instruct(text)).props("no-caps").mark("instruct")
@@ -171,7 +171,7 @@ class PageServer(WebPage):
             self.pictures(camera + COMPARED for camera in facts.cameras)
         lines = ui.label().classes("text").mark("lines")
         with ui.footer().style("flex-direction: column; align-items: stretch; gap: .4rem; background: #222e") as controls:
-            with ui.row().classes("w-full no-wrap").style("gap: .3rem"):
+            with ui.row().classes("full-width no-wrap").style("gap: .3rem"):
                 pause = self._key("pause", SPACE)
                 for name, key in {"success": "s", "failure": "f", "again": LEFT, "next": RIGHT}.items():
                     self._key(name, key)
