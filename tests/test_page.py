@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,8 +31,9 @@ from waiting import until
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from gr00t_fast.record.page import DEFAULT_PORT, HERE, PageAddress, PageFacts, PageView, listen, page_address
-from gr00t_fast.record.page_server import Rate, bars
+from gr00t_fast.record.page import DEFAULT_PORT, HERE, PageAddress, PageFacts, PageNote, PageView, listen, page_address
+from gr00t_fast.record.page_server import PageServer, Rate, bars
+from gr00t_fast.record.web import WebPage
 
 SOCKET = "/_nicegui_ws/socket.io/?EIO=4&transport=websocket"
 FRAMES = {"front": np.full((48, 64, 3), 90, np.uint8)}
@@ -313,3 +315,18 @@ def test_those_who_look_on_see_every_mode() -> None:
     assert modes.count(Mode.AWAY) >= 4
     assert all(not pictures and record is None for mode, pictures, record in seen if mode in (Mode.AWAY, Mode.PUT_DOWN))
     assert all(pictures for mode, pictures, _ in seen if mode is Mode.PLAY)
+
+
+def test_a_blinded_trial_shows_its_name_and_nothing_that_tells_its_setting() -> None:
+    """Two ticks that differ in what settings make differ."""
+    with socket.create_server((HERE, 0)) as listening:
+        made = PageServer(lambda *words: None, listening, replace(facts((HERE,), ""), trial="trial 7 of 40"))
+        made.ranges([[-100.0, 100.0]] * 6)
+        seen = []
+        for mode, inference_ms, left in ((Mode.PLAY, 40.0, 4), (Mode.HOLD, 900.0, 0)):
+            record = replace(tick(3), inference_ms=inference_ms, ahead=np.ones((left, 6)), underrun=mode is Mode.HOLD)
+            made.add(Observation(np.zeros(6), {}, 0.0), PageNote(record, mode, "go", "", ()))
+            seen.append({name: value for name, value in vars(made.state).items()})
+        WebPage.__exit__(made)
+    assert seen[0] == seen[1]
+    assert seen[0]["facts"] == "trial 7 of 40"

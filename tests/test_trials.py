@@ -386,6 +386,17 @@ def test_what_ends_a_run_before_it_begins_leaves_no_study(tmp_path: Path) -> Non
     assert not (tmp_path / "study" / "study.json").exists(), "the next command needs no --resume"
 
 
+@pytest.mark.parametrize(("name", "tells"), [("sync_or_threaded", True), ("threaded_twice", False)])
+def test_the_committed_studies_say_what_their_trials_do(name: str, tells: bool) -> None:
+    found = json.loads((RESULTS / f"{name}.json").read_text())
+    assert order_of(found["conditions"]["runs"], ["a", "b"], found["order_seed"]) == found["order"]
+    solved = [sum(bool(trial["success"]) for trial in found["trials"] if found["order"][trial["number"]] == which) for which in "ab"]
+    low, high = newcombe_interval((solved[0], 20), (solved[1], 20))
+    assert found["result"]["difference"]["newcombe_95"] == pytest.approx([low, high], abs=1e-4)
+    assert (low > 0 or high < 0) is tells
+    assert (found["conditions"]["settings"]["a"] != found["conditions"]["settings"]["b"]) is tells
+
+
 def test_a_person_arranges_and_judges_a_real_arm(tmp_path: Path) -> None:
     """On the virtual bus, at a terminal."""
     pytest.importorskip("mujoco")

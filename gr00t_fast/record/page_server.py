@@ -42,7 +42,7 @@ _STYLE = """
 
 
 @dataclass
-class _State:
+class State:
     """What every browser shows, made once for all of them."""
 
     headline: str = "starting"
@@ -63,7 +63,7 @@ class PageServer(WebPage):
     """Serves the page until it is left. Raises MissingExtraError without NiceGUI."""
 
     def __init__(self, tell: Tell, sock: socket.socket, facts: PageFacts) -> None:
-        self._tell, self._facts, self._state = tell, facts, _State()
+        self._tell, self._facts, self.state = tell, facts, State()
         self._mode, self._since_s = Mode.APART, time.monotonic()
         self._low, self._high = np.zeros(len(facts.joints)), np.full(len(facts.joints), math.nan)
         self._lines: deque[str] = deque(maxlen=_LINES)
@@ -97,17 +97,19 @@ class PageServer(WebPage):
         if note.tick is not None:
             self._rate.add(note.tick)
         self._say(note.said)
-        state = self._state
+        state = self.state
         state.lowering, state.paused = note.mode is Mode.PUT_DOWN, note.mode is Mode.PAUSED
-        state.headline, state.colour = note.mode.name.replace("_", " ").lower(), _COLOURS.get(note.mode, "#455a64")
-        state.why, state.instruction = self._why(note), note.instruction
+        playing = bool(self._facts.trial) and note.mode in (Mode.HOLD, Mode.PLAY)  # which of both would tell the setting
+        mode = Mode.PLAY if playing else note.mode
+        state.headline, state.colour = mode.name.replace("_", " ").lower(), _COLOURS.get(mode, "#455a64")
+        state.why, state.instruction = "the trial goes on" if playing else self._why(note), note.instruction
         state.facts = self._clock(note)
         state.bars = bars(self._facts.joints, self._facts.unit, self._low, self._high, observation.joints, None if self._facts.trial else note.tick)
 
     def over(self, report: str, said: Sequence[str]) -> None:
         """The run has ended."""
         self._say(said)
-        state = self._state
+        state = self.state
         state.headline, state.colour, state.why = "over", "#455a64", "The run has ended. A new run appears here by itself."
         state.report, state.over = report, True
 
@@ -115,7 +117,7 @@ class PageServer(WebPage):
         if lines:
             self._lines.extend(lines)
             self._alarms.extend(line for line in lines if line.startswith("WARNING"))
-            self._state.lines, self._state.alarms = "\n".join(reversed(self._lines)), "\n".join(reversed(self._alarms))
+            self.state.lines, self.state.alarms = "\n".join(reversed(self._lines)), "\n".join(reversed(self._alarms))
 
     def _why(self, note: PageNote) -> str:
         """What the arm does, or waits for, and for how long."""
@@ -148,7 +150,7 @@ class PageServer(WebPage):
 
     def page(self) -> None:
         """One browser's page."""
-        ui, state, facts = self.ui, self._state, self._facts
+        ui, state, facts = self.ui, self.state, self._facts
         ui.add_head_html(_STYLE)
         with ui.header().classes("items-center") as header:
             headline = ui.label().classes("text-h6").mark("mode")
