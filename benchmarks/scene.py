@@ -31,7 +31,7 @@ from gr00t_fast.base.errors import check_ranges
 from gr00t_fast.base.measurement import wilson_interval
 from gr00t_fast.scene.card import Card, learn, with_chance
 from gr00t_fast.scene.look import Look, look
-from gr00t_fast.scene.registration import CENTRES, IDENTITY, SIZE, agreement, shift_of, shrunk
+from gr00t_fast.scene.registration import CENTRES, IDENTITY, SIZE, View, agreeing, agreement, shift_of, shrunk
 from gr00t_fast.virtual.sim.rendering import Pinhole, render_faces
 from gr00t_fast.virtual.sim.simulation import FIRST_LAYOUT_SEED, HOME_DEG, Simulation
 
@@ -256,14 +256,17 @@ def moved(study: Study, displaced: Displaced, count: int) -> dict[str, Any]:
     front = study.card.cameras["front"].view
     _, where = agreement(front, front, IDENTITY)  # what has texture
     true_shift = 2 * float(np.sqrt(((true - CENTRES)[where] ** 2).sum(1).mean()))
-    fitted, _ = cv2.findHomography(CENTRES[where], true[where])
-    _, parts = shift_of(fitted, where)
-    words = way_back(parts)
-    rows = [study.look(*scene) for scene in study.scenes(count, dict.fromkeys(CAMERAS, displaced))]
+    words = way_back(shift_of(true, where)[1])
+    scenes = list(study.scenes(count, dict.fromkeys(CAMERAS, displaced)))
+    rows = [study.look(*scene) for scene in scenes]
     found = {name: [any(f"'{name}'" in text for text in said(row, "warning", "problem")) for row in rows] for name in CAMERAS}
     texts = [next((text for text in said(row, "warning") if "'front' was moved" in text), "") for row in rows]
-    told = [(text, 2 * shift_of(row.places["front"], where)[0]) for text, row in zip(texts, rows, strict=True) if text]
-    errors = [shift / true_shift - 1 for _, shift in told]
+    told = [(text, row) for text, row in zip(texts, rows, strict=True) if text]
+    errors = []
+    for (frames, _), row in zip(scenes, rows, strict=True):
+        if "front" in row.measures:  # of the blocks that the look judged by
+            blocks = agreeing(front, View.of(shrunk(frames["front"])), row.places["front"])
+            errors.append(row.measures["front"]["shift"] / (2 * shift_of(true, blocks)[0]) - 1)
     return {
         "true shift (px)": round(true_shift, 2),
         "found": rate(found["front"]),

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 
 from gr00t_fast.base.errors import ConfigError
-from gr00t_fast.scene.registration import IDENTITY, SIZE, View, agreeing, agreement, register, roughly, score, shift_of, warped
+from gr00t_fast.scene.registration import CENTRES, IDENTITY, SIZE, View, agreeing, agreement, at, register, roughly, score, shift_of, warped
 
 CARD_NAME, VERSION = "scene_card.npz", 1
 MAX_BYTES = 1_000_000
@@ -164,9 +164,9 @@ def measured(trained: Trained, live: View, place: np.ndarray) -> dict[str, float
     red, blue: natural logarithms of how much brighter, and redder and bluer than green; sharp: share of the fine detail that is there; covered: share
     of the blocks that show something else; score."""
     correlation, tells = agreement(trained.view, live, place)
-    shift, parts = shift_of(place, agreeing(trained.view, live, place))
+    shift, parts = shift_of(at(place, CENTRES), agreeing(trained.view, live, place))
     best = score(trained.view, live, place)
-    moved = {"right": parts["right"] * trained.scale, "down": parts["down"] * trained.scale, "roll": parts["roll"], "zoom": parts["zoom"]}
+    ways = {"right": parts["right"] * trained.scale, "down": parts["down"] * trained.scale, "roll": parts["roll"], "zoom": parts["zoom"]}
     upon, usable = warped(live.picture, place), warped(live.usable.astype(np.uint8), place, smooth=False) > 0
     both = usable & trained.view.usable & ~((upon >= 250).any(-1) & (trained.median < 250).all(-1))
     if both.sum() < 500:
@@ -175,7 +175,7 @@ def measured(trained: Trained, live: View, place: np.ndarray) -> dict[str, float
     red, green, blue = (float(np.median(away[..., channel][both])) if both.any() else 0.0 for channel in range(3))
     covered = float((correlation[tells] < best / 2).mean()) if tells.any() else 1.0
     colour = {"light": green, "red": red - green, "blue": blue - green}
-    return {"shift": shift * trained.scale, **moved, **colour, "sharp": _sharpness(trained, upon, both), "covered": covered, "score": best}
+    return {"shift": shift * trained.scale, **ways, **colour, "sharp": _sharpness(trained, upon, both), "covered": covered, "score": best}
 
 
 def _sharpness(trained: Trained, upon: np.ndarray, both: np.ndarray) -> float:

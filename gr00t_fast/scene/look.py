@@ -89,9 +89,9 @@ def look(card: Card, frames: Mapping[str, np.ndarray], camera_map: Mapping[str, 
             found.pictures[robot] = side_by_side(camera, views[robot])
     if moved:
         right = {robot: policy for robot, policy in camera_map.items() if robot not in {*moved, *moved.values()}}
-        right |= {robot: camera_map.get(slot, slot) for slot, robot in moved.items()}
-        which = ", ".join(f"'{robot}' shows what the policy knows as '{camera_map.get(slot, slot)}'" for slot, robot in moved.items())
-        whole = ", ".join(f"{robot}: {policy}" for robot, policy in right.items())
+        new = {robot: camera_map.get(slot, slot) for slot, robot in moved.items()}
+        which = ", ".join(f"'{robot}' shows what the policy knows as '{new[robot]}'" for robot in frames if robot in new)
+        whole = ", ".join(f"{robot}: {(right | new)[robot]}" for robot in frames if robot in right | new)
         found.findings.append(("problem", f'cameras are exchanged: {which}. Use --camera_map="{{{whole}}}".'))
     found.findings.sort(key=lambda each: ("problem", "warning", "note").index(each[0]))
     return found

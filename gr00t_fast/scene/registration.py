@@ -165,20 +165,24 @@ def roughly(trained: View, live: View, begun: np.ndarray) -> tuple[float, np.nda
 def register(trained: View, live: View, begun: np.ndarray) -> np.ndarray:
     """The place to a fraction of a pixel: affine, which noise moves least; a homography where the camera was moved by more than that can follow."""
     place = _refined(trained, live, begun, 4)
-    if shift_of(place)[0] > _CURVED:
-        curved = _refined(trained, live, place, 2, cv2.MOTION_HOMOGRAPHY)
-        place = curved if score(trained, live, curved) > score(trained, live, place) - 0.02 else place
-    return place
+    if np.sqrt(((at(place, CENTRES) - CENTRES) ** 2).sum(1).mean()) <= _CURVED:
+        return place
+    curved = [_refined(trained, live, each, 3, cv2.MOTION_HOMOGRAPHY) for each in (begun, place)]
+    return max((*curved, place), key=lambda each: score(trained, live, each) - 0.02 * (each is place))
 
 
-def shift_of(place: np.ndarray, where: np.ndarray | None = None) -> tuple[float, dict[str, float]]:
-    """By how many pixels of SIZE the picture has moved (root mean square over the blocks `where`, bool (N,)), and its parts: right and down at the
-    middle in pixels, `roll` clockwise in degrees, `zoom` as a share."""
-    points = CENTRES if where is None or not where.any() else CENTRES[where]
-    moved = cv2.perspectiveTransform(points[None], place.astype(np.float64))[0]
+def at(place: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Points (N, 2) of the trained picture in the live one."""
+    found: np.ndarray = cv2.perspectiveTransform(np.asarray(points, np.float64)[None], place.astype(np.float64))[0]
+    return found
+
+
+def shift_of(points: np.ndarray, where: np.ndarray) -> tuple[float, dict[str, float]]:
+    """By how many pixels of SIZE the picture has moved whose CENTRES are at points (N, 2), as root mean square of the blocks `where`, bool (N,); and
+    its parts: right and down at the middle in pixels, `roll` clockwise in degrees, `zoom` as a share."""
+    where = where if where.sum() >= 3 else np.ones(len(where), bool)
     middle = (np.array(SIZE) - 1) / 2
-    one, other = points - middle, moved - middle
-    flat = np.c_[one, np.ones(len(one))]
-    (a, b), (c, d), (right, down) = np.linalg.lstsq(flat, other, rcond=None)[0]  # other = one @ [[a, b], [c, d]] + (right, down)
+    one, other = CENTRES[where] - middle, points[where] - middle
+    (a, b), (c, d), (right, down) = np.linalg.lstsq(np.c_[one, np.ones(len(one))], other, rcond=None)[0]  # other = one @ [[a, b], [c, d]] + ...
     parts = {"right": right, "down": down, "roll": np.rad2deg(np.arctan2(b - c, a + d)), "zoom": np.hypot(a + d, b - c) / 2 - 1}
-    return float(np.sqrt(((moved - points) ** 2).sum(1).mean())), {name: float(value) for name, value in parts.items()}
+    return float(np.sqrt(((other - one) ** 2).sum(1).mean())), {name: float(value) for name, value in parts.items()}
