@@ -7,6 +7,7 @@ Nothing is refused for want of evidence. Axis alphabet: J joints, H and W height
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import permutations
 from typing import Literal
@@ -75,18 +76,20 @@ def look(card: Card, frames: Mapping[str, np.ndarray], camera_map: Mapping[str, 
             found.findings.append(("note", f"camera '{robot}' cannot be compared with the recordings: {why}."))
         elif camera is not None:
             views[robot], judged[robot] = View.of(shrunk(frames[robot])), camera
-    places = {(robot, robot): _best(camera, views[robot]) for robot, camera in judged.items()}
+    pool = ThreadPoolExecutor(2)  # OpenCV lets other threads run meanwhile
+    places = dict(zip(((robot, robot) for robot in judged), pool.map(_best, judged.values(), views.values()), strict=True))
     slots = [robot for robot in judged if places[robot, robot][0].score <= 1 - _MARGIN]
     others = (
         {robot: views.get(robot) or View.of(shrunk(frames[robot])) for robot in frames if robot in slots or robot not in camera_map} if slots else {}
     )
-    places |= {(robot, slot): _best(judged[slot], others[robot]) for robot in others for slot in slots if robot != slot}
+    pairs = [(robot, slot) for robot in others for slot in slots if robot != slot]
+    places |= zip(pairs, pool.map(lambda pair: _best(judged[pair[1]], others[pair[0]]), pairs), strict=True)
     moved = _exchanged(places, judged, slots, list(others))
-    for robot, camera in judged.items():
-        if robot not in moved:
-            found.findings += _judge(robot, camera, views[robot], places[robot, robot], found)
-        else:
-            found.pictures[robot] = side_by_side(camera, views[robot])
+    own = [robot for robot in judged if robot not in moved]
+    for findings in pool.map(lambda robot: [*_judge(robot, judged[robot], views[robot], places[robot, robot], found)], own):
+        found.findings += findings
+    pool.shutdown()
+    found.pictures |= {robot: side_by_side(judged[robot], views[robot]) for robot in moved}
     if moved:
         right = {robot: policy for robot, policy in camera_map.items() if robot not in {*moved, *moved.values()}}
         new = {robot: camera_map.get(slot, slot) for slot, robot in moved.items()}

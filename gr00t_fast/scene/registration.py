@@ -167,8 +167,9 @@ def register(trained: View, live: View, begun: np.ndarray) -> np.ndarray:
     place = _refined(trained, live, begun, 4)
     if np.sqrt(((at(place, CENTRES) - CENTRES) ** 2).sum(1).mean()) <= _CURVED:
         return place
-    curved = [_refined(trained, live, each, 3, cv2.MOTION_HOMOGRAPHY) for each in (begun, place)]
-    return max((*curved, place), key=lambda each: score(trained, live, each) - 0.02 * (each is place))
+    best = max((begun, place), key=lambda each: score(trained, live, each))
+    curved = _refined(trained, live, best, 2, cv2.MOTION_HOMOGRAPHY)
+    return curved if score(trained, live, curved) > score(trained, live, best) - 0.02 else best
 
 
 def at(place: np.ndarray, points: np.ndarray) -> np.ndarray:
