@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from itertools import permutations
 from typing import Literal
 
-import cv2
 import numpy as np
 
 from gr00t_fast.scene.card import Card, Trained, measured
-from gr00t_fast.scene.registration import IDENTITY, LEAST_BLOCKS, View, agreement, candidates, register, roughly, shrunk, warped
+from gr00t_fast.scene.registration import IDENTITY, LEAST_BLOCKS, View, agreement, blurred, candidates, register, roughly, shrunk, warped
 
 Finding = tuple[Literal["problem", "warning", "note"], str]
 ASSUMED_VIEW_DEG = 60.0  # across the picture: webcams have 55 to 75
@@ -241,10 +240,10 @@ def _light(what: str, trained: Trained, seen: Mapping[str, float]) -> Iterator[F
 
 def _colours_exchanged(trained: Trained, live: View, place: np.ndarray) -> bool:
     """Whether red and blue vary over the picture as they did, one for the other; their ratio alone would be the colour of the light."""
-    both = trained.view.usable & (warped(live.usable.astype(np.uint8), place, smooth=False) > 0)
+    both = trained.view.usable & warped(live.usable, place)
     upon = warped(live.picture, place)
     both &= ((upon > 8) & (upon < 245)).all(-1)
-    one, other = (cv2.GaussianBlur(np.log(each.astype(np.float32) + 8), (0, 0), 2)[both] for each in (trained.median, upon))
+    one, other = (blurred(np.log(each.astype(np.float32) + 8), 2)[both] for each in (trained.median, upon))
     if len(one) < 500:
         return False
     ratio, live_ratio = one[:, 0] - one[:, 2], other[:, 0] - other[:, 2]
