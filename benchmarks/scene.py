@@ -31,7 +31,7 @@ from gr00t_fast.base.errors import check_ranges
 from gr00t_fast.base.measurement import wilson_interval
 from gr00t_fast.scene.card import Card, learn, with_chance
 from gr00t_fast.scene.look import Look, look
-from gr00t_fast.scene.registration import CENTRES, IDENTITY, SIZE, agreement, shift_of, shrunk
+from gr00t_fast.scene.registration import CENTRES, IDENTITY, SIZE, View, agreeing, agreement, shift_of, shrunk
 from gr00t_fast.virtual.sim.rendering import Pinhole, render_faces
 from gr00t_fast.virtual.sim.simulation import FIRST_LAYOUT_SEED, HOME_DEG, Simulation
 
@@ -256,14 +256,17 @@ def moved(study: Study, displaced: Displaced, count: int) -> dict[str, Any]:
     front = study.card.cameras["front"].view
     _, where = agreement(front, front, IDENTITY)  # what has texture
     true_shift = 2 * float(np.sqrt(((true - CENTRES)[where] ** 2).sum(1).mean()))
-    fitted, _ = cv2.findHomography(CENTRES[where], true[where])
-    _, parts = shift_of(fitted, where)
-    words = way_back(parts)
-    rows = [study.look(*scene) for scene in study.scenes(count, dict.fromkeys(CAMERAS, displaced))]
+    words = way_back(shift_of(true, where)[1])
+    scenes = list(study.scenes(count, dict.fromkeys(CAMERAS, displaced)))
+    rows = [study.look(*scene) for scene in scenes]
     found = {name: [any(f"'{name}'" in text for text in said(row, "warning", "problem")) for row in rows] for name in CAMERAS}
     texts = [next((text for text in said(row, "warning") if "'front' was moved" in text), "") for row in rows]
-    told = [(text, 2 * shift_of(row.places["front"], where)[0]) for text, row in zip(texts, rows, strict=True) if text]
-    errors = [shift / true_shift - 1 for _, shift in told]
+    told = [(text, row) for text, row in zip(texts, rows, strict=True) if text]
+    errors = []
+    for (frames, _), row in zip(scenes, rows, strict=True):
+        if "front" in row.measures:  # of the blocks that the look judged by
+            blocks = agreeing(front, View.of(shrunk(frames["front"])), row.places["front"])
+            errors.append(row.measures["front"]["shift"] / (2 * shift_of(true, blocks)[0]) - 1)
     return {
         "true shift (px)": round(true_shift, 2),
         "found": rate(found["front"]),
@@ -310,7 +313,7 @@ def success(config: Config, places: dict[str, Displaced]) -> dict[str, Any]:
 class Config:
     full: bool = False  # everything, 200 untouched scenes
     recorded: int = 30  # episodes behind the card
-    scenes: int | None = None  # of each displacement; default: 3, with --full 12
+    scenes: int | None = None  # of each displacement; default: 3, with --full 6
     success: int = 0  # layouts that the demo's network tries at each of some displacements; 0: none
     model_path: Path = ROOT / "checkpoints" / "so100-sim-reach"  # whose success is counted
     seed: int = 0  # of noise, hands and shadows
@@ -334,7 +337,7 @@ TRIED = (
 
 def run(config: Config) -> dict[str, Any]:
     check_ranges(config, recorded=(1, 1000), success=(0, 1000))
-    many, few, each = (200, 40, 12) if config.full else (20, 4, 3)
+    many, few, each = (200, 20, 6) if config.full else (20, 4, 3)
     each, study, places = config.scenes or each, Study(config), displacements()
     parts = len(LIGHTS) + len(CHANGES) + len(WRONG) + len(places) + 2
     with progress_bar("scenes", parts) as tick:
@@ -347,8 +350,9 @@ def run(config: Config) -> dict[str, Any]:
         plain |= {name: done(untouched(study, few, **change)) for name, change in LIGHTS.items()}
         changed = {name: done(untouched(study, few, **change)) for name, change in CHANGES.items()}
         changed["arm up to 15 degrees off"] = done(untouched(study, few, arm=True))
-        mistakes = {how: done(wrong(study, how, many // 2)) for how in WRONG}
+        mistakes = {how: done(wrong(study, how, many // 4)) for how in WRONG}
         shifted = {name: done(moved(study, displaced, each)) for name, displaced in places.items()}
+        alone_s = timed(study)
     tried = {"as trained": Displaced()} | {name: places[name] for name in TRIED}
     return {
         "benchmark": "scene",
@@ -358,10 +362,24 @@ def run(config: Config) -> dict[str, Any]:
         "wrong": mistakes,
         "displaced": shifted,
         "together": together(plain, mistakes, shifted),
-        "look_s": {"median": round(float(np.median(study.seconds)), 3), "largest": round(max(study.seconds), 3), "looks": len(study.seconds)},
+        "look_s": {"median": round(float(np.median(study.seconds)), 3), "largest": round(max(study.seconds), 3), "best of 3": alone_s},
         "success": success(config, tried) if config.success else None,
         **provenance(config.seed),
     }
+
+
+def timed(study: Study) -> dict[str, float]:
+    """Seconds of a look at two cameras, the best of three: another program on the machine makes it longer, never shorter."""
+    frames, joints = next(study.scenes(1))
+    far, _ = next(study.scenes(1, dict.fromkeys(CAMERAS, Displaced(turn_deg=(-15, 0, 0)))))
+    cases = {"untouched": frames, "exchanged": {"front": frames["wrist"], "wrist": frames["front"]}, "both turned by 15 degrees": far}
+    found = {}
+    for name, case in cases.items():
+        began = len(study.seconds)
+        for _ in range(3):
+            study.look(case, joints)
+        found[name] = round(min(study.seconds[began:]), 3)
+    return found
 
 
 def together(plain: dict[str, Any], mistakes: dict[str, Any], shifted: dict[str, Any]) -> dict[str, Any]:
@@ -389,7 +407,7 @@ def as_table(result: dict[str, Any]) -> str:
         return f"{found['share']:.1%} of {found['count']} ({found['interval'][0]:.1%} to {found['interval'][1]:.1%})"
 
     lines = [f"- {name}: {shown(value) if isinstance(value, dict) else value}" for name, value in result["together"].items()]
-    lines.append(f"- a look at two cameras: {result['look_s']['median']} s, at most {result['look_s']['largest']} s")
+    lines.append(f"- seconds of a look at two cameras: {result['look_s']}")
     rows = [
         (name, shown(row["warned"]), shown(row["told as moved"]), row["largest shift (px)"])
         for name, row in (result["untouched"] | result["changed"]).items()

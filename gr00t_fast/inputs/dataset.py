@@ -412,23 +412,23 @@ def read_recordings(directory: Path, joint_names: tuple[str, ...]) -> Recordings
 
     Raises ConfigError where there is no data set, or one of another robot; MissingExtraError without pyarrow."""
     if not (directory / "meta" / "info.json").is_file():
-        raise ConfigError(f"--recordings={directory}: no LeRobotDataset is there (no meta/info.json). Name the directory of the recordings.")
+        raise ConfigError(f"{directory}: no LeRobotDataset is there (no meta/info.json). Name the directory of the recordings.")
     info, parquet = read_map(directory / "meta" / "info.json"), require("pyarrow.parquet", "recordings")
     try:
         fps = float(info["fps"])
         for column in (_STATE, _ACTION):
-            _check_joints(f"--recordings={directory}: {column}", info["features"][column], joint_names)
+            _check_joints(f"{directory}: {column}", info["features"][column], joint_names)
         files = sorted((directory / "data").rglob("*.parquet"))
         tables = [parquet.read_table(file, columns=[_STATE, _ACTION, "episode_index", "frame_index"]).to_pydict() for file in files]
         columns = {name: np.concatenate([np.array(table[name], np.float64) for table in tables]) for name in tables[0]}
     except ConfigError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ConfigError(f"--recordings={directory}: cannot be read ({type(error).__name__}: {str(error)[:120]}). {_MEND}") from error
+        raise ConfigError(f"{directory}: cannot be read ({type(error).__name__}: {str(error)[:120]}). {_MEND}") from error
     order = np.lexsort((columns["frame_index"], columns["episode_index"]))
     episode, state, action = (columns[name][order] for name in ("episode_index", _STATE, _ACTION))
     if not len(state) or not np.isfinite(state).all() or not np.isfinite(action).all():
-        raise ConfigError(f"--recordings={directory}: holds no frame, or joints that are not finite. Name recordings with measured joints.")
+        raise ConfigError(f"{directory}: holds no frame, or joints that are not finite. Name recordings with measured joints.")
     first = np.flatnonzero(np.diff(episode, prepend=-1))  # rows at which an episode begins
     changes = np.abs(np.diff(action, axis=0))[np.diff(episode) == 0]
     lengths = tuple(np.diff([*first, len(state)]).tolist())

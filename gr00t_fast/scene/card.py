@@ -14,11 +14,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
 from gr00t_fast.base.errors import ConfigError
-from gr00t_fast.scene.registration import IDENTITY, SIZE, View, agreeing, agreement, register, roughly, score, shift_of, warped
+from gr00t_fast.scene.registration import CENTRES, IDENTITY, SIZE, View, agreeing, agreement, at, blurred, register, roughly, score, shift_of, warped
 
 CARD_NAME, VERSION = "scene_card.npz", 1
 MAX_BYTES = 1_000_000
@@ -69,6 +68,8 @@ class Card:
 
     def save(self, path: Path) -> None:
         """Raises ConfigError where the file cannot be written."""
+        import cv2
+
         facts: dict[str, Any] = {"version": VERSION, "name": self.name, "episodes": self.episodes, "joints": self.joints, "notes": self.notes}
         arrays = {name: getattr(self, name) for name in ("begin", "begin_spread", "fastest_units_s", "rest_offset")}
         facts["cameras"] = [{k: v for k, v in asdict(camera).items() if k not in ("median", "steady")} for camera in self.cameras.values()]
@@ -88,6 +89,8 @@ class Card:
 
 def load_card(path: Path) -> Card:
     """Raises ConfigError for a file that is no card."""
+    import cv2
+
     try:
         with np.load(path, allow_pickle=False) as file:
             facts = json.loads(str(file["facts"]))
@@ -155,7 +158,7 @@ def _median_of(name: str, size: tuple[int, int], stack: np.ndarray, policy: str)
     median = np.median(stack, axis=0).astype(np.uint8)
     gains = (median.mean((0, 1)) + 1) / (stack.mean((1, 2)) + 1)  # (E, 3)
     away = np.abs(stack * gains[:, None, None] - median).max(-1)  # (E, H, W)
-    away = cv2.GaussianBlur(np.quantile(away, 0.9, axis=0).astype(np.float32), (0, 0), 1.5)
+    away = blurred(np.quantile(away, 0.9, axis=0), 1.5)
     return Trained(name, size, median, away <= _STEADY_SHARE * np.median(away) + _STEADY_LEVELS, policy=policy)
 
 
@@ -164,10 +167,10 @@ def measured(trained: Trained, live: View, place: np.ndarray) -> dict[str, float
     red, blue: natural logarithms of how much brighter, and redder and bluer than green; sharp: share of the fine detail that is there; covered: share
     of the blocks that show something else; score."""
     correlation, tells = agreement(trained.view, live, place)
-    shift, parts = shift_of(place, agreeing(trained.view, live, place))
+    shift, parts = shift_of(at(place, CENTRES), agreeing(trained.view, live, place))
     best = score(trained.view, live, place)
-    moved = {"right": parts["right"] * trained.scale, "down": parts["down"] * trained.scale, "roll": parts["roll"], "zoom": parts["zoom"]}
-    upon, usable = warped(live.picture, place), warped(live.usable.astype(np.uint8), place, smooth=False) > 0
+    ways = {"right": parts["right"] * trained.scale, "down": parts["down"] * trained.scale, "roll": parts["roll"], "zoom": parts["zoom"]}
+    upon, usable = warped(live.picture, place), warped(live.usable, place)
     both = usable & trained.view.usable & ~((upon >= 250).any(-1) & (trained.median < 250).all(-1))
     if both.sum() < 500:
         both = usable & trained.view.usable
@@ -175,17 +178,14 @@ def measured(trained: Trained, live: View, place: np.ndarray) -> dict[str, float
     red, green, blue = (float(np.median(away[..., channel][both])) if both.any() else 0.0 for channel in range(3))
     covered = float((correlation[tells] < best / 2).mean()) if tells.any() else 1.0
     colour = {"light": green, "red": red - green, "blue": blue - green}
-    return {"shift": shift * trained.scale, **moved, **colour, "sharp": _sharpness(trained, upon, both), "covered": covered, "score": best}
+    return {"shift": shift * trained.scale, **ways, **colour, "sharp": _sharpness(trained, upon, both), "covered": covered, "score": best}
 
 
 def _sharpness(trained: Trained, upon: np.ndarray, both: np.ndarray) -> float:
     """Fine detail by coarse detail that the live picture shares with the trained one; noise, which shares nothing, does not count."""
 
     def shares(narrow: float, wide: float) -> float:
-        one, other = (
-            cv2.GaussianBlur(grey, (0, 0), narrow) - cv2.GaussianBlur(grey, (0, 0), wide)
-            for grey in (cv2.cvtColor(each, cv2.COLOR_RGB2GRAY).astype(np.float32) for each in (trained.median, upon))
-        )
+        one, other = (blurred(grey, narrow) - blurred(grey, wide) for grey in (trained.median.mean(-1), upon.mean(-1)))
         return float((one * other)[both].sum() / max((one * one)[both].sum(), 1e-6))
 
     return shares(0.5, 1.0) / max(shares(2.0, 4.0), 0.05)

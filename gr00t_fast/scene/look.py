@@ -7,15 +7,15 @@ Nothing is refused for want of evidence. Axis alphabet: J joints, H and W height
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import permutations
 from typing import Literal
 
-import cv2
 import numpy as np
 
 from gr00t_fast.scene.card import Card, Trained, measured
-from gr00t_fast.scene.registration import IDENTITY, LEAST_BLOCKS, View, agreement, candidates, register, roughly, shrunk, warped
+from gr00t_fast.scene.registration import IDENTITY, LEAST_BLOCKS, View, agreement, blurred, candidates, register, roughly, shrunk, warped
 
 Finding = tuple[Literal["problem", "warning", "note"], str]
 ASSUMED_VIEW_DEG = 60.0  # across the picture: webcams have 55 to 75
@@ -75,23 +75,25 @@ def look(card: Card, frames: Mapping[str, np.ndarray], camera_map: Mapping[str, 
             found.findings.append(("note", f"camera '{robot}' cannot be compared with the recordings: {why}."))
         elif camera is not None:
             views[robot], judged[robot] = View.of(shrunk(frames[robot])), camera
-    places = {(robot, robot): _best(camera, views[robot]) for robot, camera in judged.items()}
+    pool = ThreadPoolExecutor(2)  # OpenCV lets other threads run meanwhile
+    places = dict(zip(((robot, robot) for robot in judged), pool.map(_best, judged.values(), views.values()), strict=True))
     slots = [robot for robot in judged if places[robot, robot][0].score <= 1 - _MARGIN]
     others = (
         {robot: views.get(robot) or View.of(shrunk(frames[robot])) for robot in frames if robot in slots or robot not in camera_map} if slots else {}
     )
-    places |= {(robot, slot): _best(judged[slot], others[robot]) for robot in others for slot in slots if robot != slot}
+    pairs = [(robot, slot) for robot in others for slot in slots if robot != slot]
+    places |= zip(pairs, pool.map(lambda pair: _best(judged[pair[1]], others[pair[0]]), pairs), strict=True)
     moved = _exchanged(places, judged, slots, list(others))
-    for robot, camera in judged.items():
-        if robot not in moved:
-            found.findings += _judge(robot, camera, views[robot], places[robot, robot], found)
-        else:
-            found.pictures[robot] = side_by_side(camera, views[robot])
+    own = [robot for robot in judged if robot not in moved]
+    for findings in pool.map(lambda robot: [*_judge(robot, judged[robot], views[robot], places[robot, robot], found)], own):
+        found.findings += findings
+    pool.shutdown()
+    found.pictures |= {robot: side_by_side(judged[robot], views[robot]) for robot in moved}
     if moved:
         right = {robot: policy for robot, policy in camera_map.items() if robot not in {*moved, *moved.values()}}
-        right |= {robot: camera_map.get(slot, slot) for slot, robot in moved.items()}
-        which = ", ".join(f"'{robot}' shows what the policy knows as '{camera_map.get(slot, slot)}'" for slot, robot in moved.items())
-        whole = ", ".join(f"{robot}: {policy}" for robot, policy in right.items())
+        new = {robot: camera_map.get(slot, slot) for slot, robot in moved.items()}
+        which = ", ".join(f"'{robot}' shows what the policy knows as '{new[robot]}'" for robot in frames if robot in new)
+        whole = ", ".join(f"{robot}: {(right | new)[robot]}" for robot in frames if robot in right | new)
         found.findings.append(("problem", f'cameras are exchanged: {which}. Use --camera_map="{{{whole}}}".'))
     found.findings.sort(key=lambda each: ("problem", "warning", "note").index(each[0]))
     return found
@@ -239,10 +241,10 @@ def _light(what: str, trained: Trained, seen: Mapping[str, float]) -> Iterator[F
 
 def _colours_exchanged(trained: Trained, live: View, place: np.ndarray) -> bool:
     """Whether red and blue vary over the picture as they did, one for the other; their ratio alone would be the colour of the light."""
-    both = trained.view.usable & (warped(live.usable.astype(np.uint8), place, smooth=False) > 0)
+    both = trained.view.usable & warped(live.usable, place)
     upon = warped(live.picture, place)
     both &= ((upon > 8) & (upon < 245)).all(-1)
-    one, other = (cv2.GaussianBlur(np.log(each.astype(np.float32) + 8), (0, 0), 2)[both] for each in (trained.median, upon))
+    one, other = (blurred(np.log(each.astype(np.float32) + 8), 2)[both] for each in (trained.median, upon))
     if len(one) < 500:
         return False
     ratio, live_ratio = one[:, 0] - one[:, 2], other[:, 0] - other[:, 2]
