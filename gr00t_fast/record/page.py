@@ -136,9 +136,10 @@ class PageView(View):
         self._socket.close()  # the other process has it
         return self
 
-    def __exit__(self, kind: type[BaseException] | None = None, error: BaseException | None = None, *trace: object) -> None:
+    def __exit__(self, *error: object) -> None:
         """The browsers keep the report, and the error that ended the run."""
-        self._call("over", (f"error: {error or kind.__name__}\n\n" if kind is not None else "") + self.report.strip(), tuple(self._said))
+        why = f"error: {str(error[1]) or type(error[1]).__name__}\n\n" if error and error[1] is not None else ""
+        self._call("over", why + self.report.strip(), tuple(self._said))
         if not self.sink.close(_FINISH_S):
             self._echo(f"WARNING: --page: its process did not end within {_FINISH_S:.0f} s and was ended.")
 

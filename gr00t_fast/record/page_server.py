@@ -248,7 +248,7 @@ def bars(joints: Sequence[str], unit: str, low: np.ndarray, high: np.ndarray, me
             share = (value - low[index]) / span if span > 0 else math.nan
             return left + width * min(1.0, max(0.0, share)) if math.isfinite(share) else math.nan
 
-        now = x(measured[index])
+        now = x(float(measured[index]))
         rows.append(f'<text x="0" y="{y + 17:.0f}">{html.escape(name)}</text>')
         rows.append(f'<rect x="{left:.0f}" y="{y + 6:.0f}" width="{width:.0f}" height="13" fill="#8883" rx="3"/>')
         if math.isfinite(now):
@@ -256,7 +256,7 @@ def bars(joints: Sequence[str], unit: str, low: np.ndarray, high: np.ndarray, me
         if tick is not None and len(tick.ahead) and math.isfinite(now):
             points = " ".join(f"{x(value):.1f},{y + 22:.0f}" for value in (tick.ahead[:, index].min(), tick.ahead[:, index].max()))
             rows.append(f'<polyline points="{points}" stroke="#fb8c00" stroke-width="3" fill="none"/>')
-        if tick is not None and math.isfinite(sent := x(tick.commanded[index])):
+        if tick is not None and math.isfinite(sent := x(float(tick.commanded[index]))):
             rows.append(f'<rect x="{sent - 1.5:.1f}" y="{y + 2:.0f}" width="3" height="20" fill="#e53935"/>')
         shown = f"{measured[index]:.1f}{'%' if name == 'gripper' else '°' if unit == 'degrees' else ''}" if math.isfinite(measured[index]) else "NaN"
         rows.append(f'<text x="{left + width + 8:.0f}" y="{y + 17:.0f}">{shown}</text>')

@@ -111,12 +111,12 @@ class WebPage(contextlib.AbstractContextManager):
             headers = {"Cache-Control": "no-store"}
             return Response(picture, 200 if picture else 404, headers, "image/jpeg")
 
-        looks = {"title": "gr00t_fast", "dark": None, "tailwind": False, "show_welcome_message": False}
+        looks: dict[str, Any] = {"title": "gr00t_fast", "dark": None, "tailwind": False, "show_welcome_message": False}
         self.ui.run_with(app, root=self._begin, reconnect_timeout=3.0, message_history_length=0, **looks)
         self._gate = Gate(app, hosts, token, sock.getsockname()[1])
-        sizes = {"ws_max_size": _MOST_MESSAGE_BYTES, "ws_max_queue": 4, "h11_max_incomplete_event_size": _MOST_MESSAGE_BYTES}
-        quiet = {"log_level": "critical", "access_log": False, "server_header": False, "proxy_headers": False}
-        return uvicorn.Server(uvicorn.Config(self._gate, lifespan="on", timeout_graceful_shutdown=1, limit_concurrency=100, **sizes, **quiet))
+        settings: dict[str, Any] = {"ws_max_size": _MOST_MESSAGE_BYTES, "ws_max_queue": 4, "h11_max_incomplete_event_size": _MOST_MESSAGE_BYTES}
+        settings |= {"log_level": "critical", "access_log": False, "server_header": False, "proxy_headers": False, "limit_concurrency": 100}
+        return uvicorn.Server(uvicorn.Config(self._gate, lifespan="on", timeout_graceful_shutdown=1, **settings))
 
     def _begin(self) -> None:
         from nicegui import Client
