@@ -29,7 +29,7 @@ _MUCH_LIGHT, _MUCH_COLOUR, _MUCH_COVERED, _MUCH_BLUR = (
 )  # from here on a warning, not a note
 _SURE = 0.3  # of the way from the score of chance to that of an episode: from here on it is the same scene
 _MARGIN = 0.15  # by so much must another order of the cameras, or a turned picture, agree better
-_ALIEN = 0.1  # no more than so much above chance is another scene
+_ALIEN, _SOME = 0.1, 0.15  # another scene: no more than so much above chance, and a smaller share of the blocks the same
 _BLACK, _BLIND = 12, 0.1  # mean level of 255, usable share: less shows nothing
 _POSE_DEG = 5.0  # from where episodes begin, beyond what they vary by
 _MOUNTED_DEG = 2.0  # the same for a camera that moves with the arm: more, and its picture is another one
@@ -66,7 +66,7 @@ class Look:
 def look(card: Card, frames: Mapping[str, np.ndarray], camera_map: Mapping[str, str], joints: np.ndarray | None = None, led: bool = False) -> Look:
     """frames: the robot's camera -> uint8 RGB (height, width, 3) of any size. camera_map: {robot camera: policy camera}. joints (J,) in the units of
     the card; None: not known. led: the arm is moved slowly to where it begins."""
-    found, away = Look(), None
+    found, away = Look([("note", f"the recordings {card.name}: {note}.") for note in card.notes]), None
     if joints is not None and joints.shape == card.begin.shape:
         away = np.maximum(np.abs(joints - card.begin) - card.begin_spread, 0)
         found.findings += _pose(card, joints, away, led)
@@ -165,7 +165,7 @@ def _judge(robot: str, trained: Trained, live: View, places: list[Place], found:
     if live.picture.max(-1).mean() < _BLACK or live.usable.mean() < _BLIND:
         yield "warning", f"{what} is black or white nearly everywhere: covered, or without light. It cannot be compared with the recordings."
     elif max(best.score, seen["score"]) < _sure(trained):
-        if trained.varies and max(best.score, seen["score"]) <= trained.chance + _ALIEN:
+        if trained.varies and max(best.score, seen["score"]) <= trained.chance + _ALIEN and seen["same"] < _SOME:
             text = f"{what} shows another scene than the recordings, or was moved far: it agrees with them no better than a picture turned over"
             yield "problem", f"{text}. Compare the pictures; put the camera where it was, or give the recordings of this scene."
         else:
