@@ -9,7 +9,7 @@ import numpy as np
 
 from gr00t_fast.base.console import progress_bar
 from gr00t_fast.base.contracts import SO100_JOINTS
-from gr00t_fast.base.errors import ConfigError
+from gr00t_fast.base.errors import ConfigError, Gr00tFastError, MissingExtraError
 from gr00t_fast.inputs.dataset import RecordedPictures, Recordings, read_recordings
 from gr00t_fast.scene.card import CARD_NAME, MOST_EPISODES, Card, Trained, learn, load_card, with_chance
 from gr00t_fast.scene.registration import shrunk
@@ -24,7 +24,7 @@ def card_path(directory: Path) -> Path:
 
 def card_of(source: Path, joint_names: tuple[str, ...], tell: Callable[[str], None]) -> Card:
     """Of a card's file, or of a data set: the card that lies in it, or one that is made now, in seconds. Raises ConfigError where there is neither,
-    or one of another arm; MissingExtraError without pyarrow or PyAV."""
+    or one of another arm; MissingExtraError without pyarrow."""
     if source.is_dir():
         recordings = read_recordings(source, joint_names)
         if (path := card_path(source)).is_file() and (card := load_card(path)).episodes == recordings.episodes:
@@ -41,29 +41,28 @@ def card_of(source: Path, joint_names: tuple[str, ...], tell: Callable[[str], No
 
 
 def build_card(directory: Path, recordings: Recordings | None = None, joint_names: tuple[str, ...] = SO100_JOINTS) -> Card:
-    """Decodes a frame or two of up to MOST_EPISODES episodes. Raises ConfigError where there is no data set of this arm, or no video of a camera can
-    be decoded; MissingExtraError without pyarrow or PyAV."""
+    """Decodes a frame or two of up to MOST_EPISODES episodes; what cannot be decoded is among the card's notes. Raises ConfigError where there is no
+    data set of this arm, MissingExtraError without pyarrow."""
     recordings = recordings or read_recordings(directory, joint_names)
     pictures, notes, cameras = RecordedPictures(directory), list[str](), dict[str, Trained]()
     chosen = np.unique(np.linspace(0, recordings.episodes - 1, MOST_EPISODES).round().astype(int)).tolist()
     with progress_bar("pictures of the recordings", len(pictures.cameras) * 2 * len(chosen)) as tick:
         for name, camera in pictures.cameras.items():
-            first, later, damaged = list[np.ndarray](), list[np.ndarray](), list[ConfigError]()
+            first, later, damaged = list[np.ndarray](), list[np.ndarray](), list[Gr00tFastError]()
             for episode in chosen:
                 try:
                     begun = shrunk(pictures.picture(name, episode, 0))
                     if len(later) < _FILMED_LATER:
                         later.append(shrunk(pictures.picture(name, episode, recordings.lengths[episode] // 2)))
                     first.append(begun)
-                except ConfigError as error:
+                except (ConfigError, MissingExtraError) as error:
                     damaged.append(error)
                 tick()
-            if not first:
-                raise damaged[0]
             notes += [f"camera '{name}': {len(damaged)} of {len(chosen)} episodes could not be decoded: {damaged[0]}"] if damaged else []
-            cameras[name] = learn(name, camera.size, first, later, camera.policy, tick)
+            if first:
+                cameras[name] = learn(name, camera.size, first, later, camera.policy, tick)
     cameras = with_chance(cameras)
-    notes += [] if cameras else ["it has no videos: only speeds and the arm's pose can be compared"]
+    notes += [] if cameras else ["no pictures: only speeds and the arm's pose can be compared"]
     notes += ["a single episode does not say how much episodes vary: small changes are told by fixed limits"] if len(chosen) == 1 else []
     notes += [f"camera '{name}' moves during episodes: it is compared where they begin" for name, camera in cameras.items() if camera.moves]
     begin, offset = recordings.begin, np.median(recordings.actions - recordings.states, axis=0)

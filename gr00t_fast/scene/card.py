@@ -23,6 +23,7 @@ CARD_NAME, VERSION = "scene_card.npz", 1
 MAX_BYTES = 1_000_000
 MOST_EPISODES = 40  # spread over the data set: more cost time and tell little
 _STEADY_SHARE, _STEADY_LEVELS = 1.5, 4.0  # a pixel varies that differs by more than so many times the usual, and so many levels of 255
+_SAME = 0.6  # correlation of a block; chance seldom reaches it
 _SAME_BLOCK, _SAME_SHARE = 0.5, 0.5  # a camera that stands still shows most of its picture unchanged in the middle of an episode
 
 
@@ -165,7 +166,7 @@ def _median_of(name: str, size: tuple[int, int], stack: np.ndarray, policy: str)
 def measured(trained: Trained, live: View, place: np.ndarray) -> dict[str, float]:
     """A live picture at its place against the card. shift in pixels of the camera and its parts (registration.shift_of), of blocks that agree; light,
     red, blue: natural logarithms of how much brighter, and redder and bluer than green; sharp: share of the fine detail that is there; covered: share
-    of the blocks that show something else; score."""
+    of the blocks that show something else, same: that surely show the same; score."""
     correlation, tells = agreement(trained.view, live, place)
     shift, parts = shift_of(at(place, CENTRES), agreeing(trained.view, live, place))
     best = score(trained.view, live, place)
@@ -176,9 +177,17 @@ def measured(trained: Trained, live: View, place: np.ndarray) -> dict[str, float
         both = usable & trained.view.usable
     away = np.log(upon.astype(np.float32) + 4) - np.log(trained.median.astype(np.float32) + 4)
     red, green, blue = (float(np.median(away[..., channel][both])) if both.any() else 0.0 for channel in range(3))
-    covered = float((correlation[tells] < best / 2).mean()) if tells.any() else 1.0
+    covered, same = (float((correlation[tells] < best / 2).mean()), float((correlation[tells] > _SAME).mean())) if tells.any() else (1.0, 0.0)
     colour = {"light": green, "red": red - green, "blue": blue - green}
-    return {"shift": shift * trained.scale, **ways, **colour, "sharp": _sharpness(trained, upon, both), "covered": covered, "score": best}
+    return {
+        "shift": shift * trained.scale,
+        **ways,
+        **colour,
+        "sharp": _sharpness(trained, upon, both),
+        "covered": covered,
+        "same": same,
+        "score": best,
+    }
 
 
 def _sharpness(trained: Trained, upon: np.ndarray, both: np.ndarray) -> float:

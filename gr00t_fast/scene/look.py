@@ -29,11 +29,13 @@ _MUCH_LIGHT, _MUCH_COLOUR, _MUCH_COVERED, _MUCH_BLUR = (
 )  # from here on a warning, not a note
 _SURE = 0.3  # of the way from the score of chance to that of an episode: from here on it is the same scene
 _MARGIN = 0.15  # by so much must another order of the cameras, or a turned picture, agree better
+_ALIEN, _SOME = 0.1, 0.15  # another scene: no more than so much above chance, and a smaller share of the blocks the same
+_BLACK, _BLIND = 12, 0.1  # mean level of 255, usable share: less shows nothing
 _POSE_DEG = 5.0  # from where episodes begin, beyond what they vary by
 _MOUNTED_DEG = 2.0  # the same for a camera that moves with the arm: more, and its picture is another one
 _ASPECT = 0.02
 _LEAST_AREA = 0.25  # of a picture that was zoomed
-_TURNS = {90: "turned a quarter", 180: "upside down", 270: "turned a quarter"}
+_TURNS = {90: ("turned a quarter", -90), 180: ("upside down", 180), 270: ("turned a quarter", 90)}  # clockwise; lerobot's way back
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Look:
 def look(card: Card, frames: Mapping[str, np.ndarray], camera_map: Mapping[str, str], joints: np.ndarray | None = None, led: bool = False) -> Look:
     """frames: the robot's camera -> uint8 RGB (height, width, 3) of any size. camera_map: {robot camera: policy camera}. joints (J,) in the units of
     the card; None: not known. led: the arm is moved slowly to where it begins."""
-    found, away = Look(), None
+    found, away = Look([("note", f"the recordings {card.name}: {note}.") for note in card.notes]), None
     if joints is not None and joints.shape == card.begin.shape:
         away = np.maximum(np.abs(joints - card.begin) - card.begin_spread, 0)
         found.findings += _pose(card, joints, away, led)
@@ -78,9 +80,8 @@ def look(card: Card, frames: Mapping[str, np.ndarray], camera_map: Mapping[str, 
     pool = ThreadPoolExecutor(2)  # OpenCV lets other threads run meanwhile
     places = dict(zip(((robot, robot) for robot in judged), pool.map(_best, judged.values(), views.values()), strict=True))
     slots = [robot for robot in judged if places[robot, robot][0].score <= 1 - _MARGIN]
-    others = (
-        {robot: views.get(robot) or View.of(shrunk(frames[robot])) for robot in frames if robot in slots or robot not in camera_map} if slots else {}
-    )
+    asked = [robot for robot in frames if robot in slots or robot not in camera_map] if slots else []
+    others = {robot: views.get(robot) or View.of(shrunk(frames[robot])) for robot in asked}
     pairs = [(robot, slot) for robot in others for slot in slots if robot != slot]
     places |= zip(pairs, pool.map(lambda pair: _best(judged[pair[1]], others[pair[0]]), pairs), strict=True)
     moved = _exchanged(places, judged, slots, list(others))
@@ -101,10 +102,9 @@ def look(card: Card, frames: Mapping[str, np.ndarray], camera_map: Mapping[str, 
 
 def of_policy(card: Card, name: str) -> Trained | None:
     """The data set's camera that the policy calls `name`."""
-    named = [camera for camera in card.cameras.values() if camera.policy == name] + [
-        camera for camera in card.cameras.values() if camera.name == name
-    ]
-    return named[0] if named else next(iter(card.cameras.values())) if len(card.cameras) == 1 else None
+    cameras = list(card.cameras.values())
+    named = [camera for camera in cameras if camera.policy == name] + [camera for camera in cameras if camera.name == name]
+    return next(iter(named or (cameras if len(cameras) == 1 else ())), None)
 
 
 def _unfit(card: Card, camera: Trained | None, frame: np.ndarray, away: np.ndarray | None) -> str:
@@ -157,27 +157,25 @@ def _exchanged(places: Mapping[tuple[str, str], list[Place]], judged: Mapping[st
 def _judge(robot: str, trained: Trained, live: View, places: list[Place], found: Look) -> Iterator[Finding]:
     """One camera, at its own place."""
     best = max(places, key=lambda each: each.score + _MARGIN * each.straight)
-    what, usual = f"camera '{robot}'", trained.varies
+    what = f"camera '{robot}'"
     if best.mirrored:
         live = live.mirrored()
     place = found.places[robot] = register(trained.view, live, best.place) if best.score > trained.chance else best.place
     seen = found.measures[robot] = measured(trained, live, place)
-    if live.picture.max(-1).mean() < 12 or live.usable.mean() < 0.1:
+    if live.picture.max(-1).mean() < _BLACK or live.usable.mean() < _BLIND:
         yield "warning", f"{what} is black or white nearly everywhere: covered, or without light. It cannot be compared with the recordings."
     elif max(best.score, seen["score"]) < _sure(trained):
-        if trained.varies and max(best.score, seen["score"]) <= trained.chance + 0.1:
+        if trained.varies and max(best.score, seen["score"]) <= trained.chance + _ALIEN and seen["same"] < _SOME:
             text = f"{what} shows another scene than the recordings, or was moved far: it agrees with them no better than a picture turned over"
             yield "problem", f"{text}. Compare the pictures; put the camera where it was, or give the recordings of this scene."
         else:
-            yield (
-                "warning",
-                f"{what} agrees poorly with the recordings ({seen['score']:.2f}, episodes {usual.get('score', 1):.2f}). Compare the pictures.",
-            )
+            text = f"{what} agrees poorly with the recordings ({seen['score']:.2f}, episodes {trained.varies.get('score', 1):.2f})"
+            yield "warning", f"{text}: moved far, covered in part, or another scene. Compare the pictures."
     elif not best.straight:
-        how = " and ".join([*(["mirrored"] if best.mirrored else []), *([_TURNS[best.turn]] if best.turn else [])])
-        turn = f"Set rotation: {-90 if best.turn == 90 else 360 - best.turn if best.turn else 0} in --robot.cameras" if best.turn else ""
-        flip = "switch mirroring off in the camera's driver (v4l2-ctl --set-ctrl=horizontal_flip=0)" if best.mirrored else ""
-        yield "problem", f"{what} is {how}. {' and '.join(filter(None, (turn, flip)))}.".replace(". s", ". S")
+        how = " and ".join([*(["mirrored"] if best.mirrored else []), *([_TURNS[best.turn][0]] if best.turn else [])])
+        turn = f"Set rotation: {_TURNS[best.turn][1]} in --robot.cameras (added to what is set there)" if best.turn else ""
+        flip = "Switch mirroring off in the camera's driver (v4l2-ctl --set-ctrl=horizontal_flip=0)" if best.mirrored else ""
+        yield "problem", f"{what} is {how}. {'. '.join(filter(None, (turn, flip)))}."
     elif _colours_exchanged(trained, live, place):
         yield "problem", f"{what} has red and blue exchanged. Set its color_mode to the other one, rgb or bgr, in --robot.cameras."
     else:
@@ -222,10 +220,8 @@ def _light(what: str, trained: Trained, seen: Mapping[str, float]) -> Iterator[F
     tint = {name: seen[name] for name in ("red", "blue") if abs(seen[name]) > _limit(trained, name, FLOOR["colour"])}
     if tint:
         said = ", ".join(f"{name} {np.exp(value):.2f} times" for name, value in tint.items())
-        yield (
-            "warning" if max(map(abs, tint.values())) > _MUCH_COLOUR else "note",
-            f"{what} has other colours: {said}. Check lamps and white balance.",
-        )
+        kind = "warning" if max(map(abs, tint.values())) > _MUCH_COLOUR else "note"
+        yield kind, f"{what} has other colours: {said}. Check lamps and white balance."
     if seen["shift"] > most_shift(trained):  # these are then of other parts of the scene
         return
     if seen["sharp"] < FLOOR["sharp"] * trained.varies.get("sharp", 1.0):
@@ -233,10 +229,7 @@ def _light(what: str, trained: Trained, seen: Mapping[str, float]) -> Iterator[F
         yield kind, f"{what} is out of focus: {seen['sharp']:.0%} of the fine detail is there. Check focus and lens."
     if seen["covered"] > _limit(trained, "covered", 0) + FLOOR["covered"]:
         kind = "warning" if seen["covered"] > _MUCH_COVERED else "note"
-        yield (
-            kind,
-            f"{what}: about {seen['covered']:.0%} of the picture shows something else: something before the lens, new things, or the arm elsewhere.",
-        )
+        yield kind, f"{what}: about {seen['covered']:.0%} of it shows something else: something before the lens, new things, the arm elsewhere."
 
 
 def _colours_exchanged(trained: Trained, live: View, place: np.ndarray) -> bool:
