@@ -6,6 +6,7 @@ torch is imported in the functions that need it.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import shutil
@@ -296,7 +297,9 @@ class Bench:
         if name in EXPORTED:
             policy = self.policy(name, engine_path=directory, device=str(self.device) if name == "tensorrt" else "auto")
             return policy, policy.precision
-        network = self.network(self.dtype) if name == "fused" else self.shared  # which it packs
+        network = self.shared
+        if name == "fused":  # packs layers: modules of its own, over the same weights until then
+            network = copy.deepcopy(network, {id(weight): weight for weight in network.parameters()})
         return self.policy(make_engine(name, network)), word_of(self.dtype)
 
     def answers(self, policy: Gr00tPolicy) -> list[Actions]:
