@@ -16,7 +16,7 @@ from gr00t_fast.inputs.data_config import load_data_config
 
 # The words of gr00t_fast.engine, which imports torch; a test compares them.
 ExportedName = Literal["onnxruntime", "openvino", "tensorrt"]
-EngineName = Literal["auto", "eager", "cuda_graph", "compiled", "onnxruntime", "openvino", "tensorrt"]
+EngineName = Literal["auto", "eager", "fused", "cuda_graph", "compiled", "onnxruntime", "openvino", "tensorrt"]
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
 _SIZE = re.compile(r"(\d+)x(\d+)")
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
@@ -69,7 +69,7 @@ class PolicyOptions(CheckpointOptions):
     action_horizon: int | None = None  # actions played per inference; default: all that the checkpoint predicts
     device: str = "auto"  # auto, cuda, cuda:N, cpu, mps
     precision: PrecisionName = "auto"  # number format of the network
-    engine: EngineName = "auto"  # auto is eager; onnxruntime, openvino and tensorrt need files (docs/engines.md)
+    engine: EngineName = "auto"  # auto: fused on a CPU, else eager; the last three need files (docs/engines.md)
     engine_path: Path | None = None  # directory of the export; default: exports/<engine> in the checkpoint's directory
     seed: int | None = None  # makes the noise, and a simulated scene, repeatable
 

@@ -10,6 +10,7 @@ import pytest
 from benchmarks import bench_engines
 from benchmarks.bench_engines import LaboratoryBench
 from benchmarks.lib.reference import REFERENCE_HEAD
+from gr00t_fast.engine import packed
 
 ROOT = Path(__file__).parent.parent
 TRAINED = ROOT / "checkpoints" / "so100-sim-reach"
@@ -28,6 +29,16 @@ def test_it_runs_and_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFi
     assert eager["within_limit"] is True
     assert {steps: times["count"] for steps, times in eager["times_ms"].items()} == {"1": 2, "2": 2}
     assert "fastest within its limit: eager" in (tmp_path / "bench_engines.md").read_text()
+
+
+def test_fused_leaves_the_others_their_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over one network in memory: eager, which is asked last, stays the exact twin."""
+    monkeypatch.setattr(packed, "MIN_WEIGHT_BYTES", 0)
+    monkeypatch.setattr(packed, "_ways", {})
+    monkeypatch.setattr(packed, "_FASTER", 0.0)
+    engines = run(tmp_path, capsys, "--engines", "fused", "eager")["engines"]
+    assert engines["eager"]["error_deg"]["max"] == 0.0
+    assert 0.0 < engines["fused"]["error_deg"]["max"] < 0.01
 
 
 def test_the_reference_runs_on_the_shipped_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,7 +60,7 @@ def test_a_named_engine_that_cannot_run_is_an_error(tmp_path: Path, capsys: pyte
 def test_an_unnamed_engine_that_cannot_run_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LaboratoryBench, "names", tuple(name for name in LaboratoryBench.names if name not in ("compiled", "reference")))  # a minute
     result = run(tmp_path, capsys)
-    assert list(result["engines"]) == ["eager"]
+    assert list(result["engines"]) == ["eager", "fused"]
     assert set(result["refused"]) == {"cuda_graph", "onnxruntime", "openvino", "tensorrt"}
     assert "needs a CUDA GPU" in result["refused"]["cuda_graph"]
     assert "gr00t-fast export tensorrt" in result["refused"]["tensorrt"]

@@ -15,10 +15,12 @@ import pytest
 import torch
 
 from benchmarks import bench_engines, bench_policy, inference_profiler
+from benchmarks.lib import work
 from benchmarks.lib.program import PolicyFlags, in_processes, read_flags
 from benchmarks.lib.reference import REFERENCE_HEAD
 from benchmarks.lib.work import Ceilings, stage_work
 from gr00t_fast.base.measurement import without_machine_paths
+from gr00t_fast.engine import packed
 from gr00t_fast.model import Gr00t
 from gr00t_fast.networks import n1d5, n1d6, n1d7
 from gr00t_fast.virtual.random_checkpoint import network_config
@@ -97,6 +99,21 @@ def test_the_work_of_the_published_networks(config, tokens: tuple[int, int], pic
     assert sum(each.flop for each in work) / 1e9 == pytest.approx(gflop, rel=0.01)
     assert sum(each.weight_bytes for each in work) / 1e9 == pytest.approx(weight_gb, rel=0.01)
     assert sum(each.floor_ms(Ceilings(989e12, 4.8e12)) for each in work) == pytest.approx(floor_ms, rel=0.01)
+
+
+def test_a_floor_is_measured_with_the_best_product_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU whose packed products take no time, the matrix rate is theirs."""
+    plain, device = work.measure_ceilings(torch.device("cpu"), torch.float32), torch.device("cpu")
+
+    def product(rows: torch.Tensor, weight: torch.Tensor, way: int, *rest: object) -> torch.Tensor:
+        return rows if way else packed.product(rows, weight, way, *rest)
+
+    monkeypatch.setattr(work, "product", product)
+    monkeypatch.setattr(work, "packed", lambda weight, rows: weight)
+    monkeypatch.setattr(work, "packing_obstacle", lambda dtype: "")
+    assert work.measure_ceilings(device, torch.float32).flop_per_s > 100 * plain.flop_per_s
+    monkeypatch.setattr(work, "packing_obstacle", lambda dtype: "not built in")
+    assert work.measure_ceilings(device, torch.float32).flop_per_s < 10 * plain.flop_per_s
 
 
 def test_an_interrupt_ends_the_processes() -> None:

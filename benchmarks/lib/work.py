@@ -1,7 +1,8 @@
 """How much work one inference is, and how fast this machine could possibly do it.
 
 FLOP count multiplications and additions of the matrix products and attention (2 per multiply-add); bytes count each weight once. The
-floor of a stage is the larger of FLOP over the machine's best matrix rate and bytes over its best read rate, both measured in the same run.
+floor of a stage is the larger of FLOP over the machine's best matrix rate and bytes over its best read rate, both measured in the same run. On a CPU
+the matrix rate is that of packed weights where oneDNN has such products: a plain weight is copied in every call, and its rate gives no floor.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from functools import partial
 import torch
 
 from gr00t_fast.base.measurement import StageTimer
+from gr00t_fast.engine.packed import PLAIN, packed, packing_obstacle, product
 from gr00t_fast.model import Gr00t
 from gr00t_fast.model.config import ModelConfig
 from gr00t_fast.model.siglip2 import Siglip2Tower
@@ -33,7 +35,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Best rates seen on this machine: a large matrix product in the model's dtype, a read of more memory than the caches hold."""
+    """Best rates seen on this machine: large matrix products in the model's dtype, a read of more memory than the caches hold."""
 
     flop_per_s: float
     bytes_per_s: float
@@ -82,11 +84,15 @@ def stage_work(model: Gr00t, prompt_tokens: int, image_tokens: int, pictures: in
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Best of several runs; takes a second or two on a CPU."""
+    """Best of several runs, and on a CPU of plain and packed weights; takes a few seconds there."""
     on_gpu = device.type == "cuda"
     size = 8192 if on_gpu else 1536
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    matrix_s = _best_s(lambda: a @ b, device, repeats=20 if on_gpu else 8)
+    weights = {PLAIN: b}
+    if device.type == "cpu" and not packing_obstacle(dtype):
+        weights[1] = packed(b, size)
+    repeats = 20 if on_gpu else 8
+    matrix_s = min(_best_s(partial(product, a, weight, way, None, None, None), device, repeats) for way, weight in weights.items())
     big = torch.randn(2**30 // 4 if on_gpu else 2**28 // 4, device=device)  # 1 GiB, 256 MiB: beyond any cache
     read_s = _best_s(lambda: big.sum(), device, repeats=10)
     return Ceilings(2.0 * size**3 / matrix_s, big.numel() * 4 / read_s)

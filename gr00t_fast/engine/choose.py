@@ -13,20 +13,27 @@ from gr00t_fast.engine.cuda_graph import check_device, compiled_engine, cuda_gra
 from gr00t_fast.engine.eager import PRECISIONS, EagerEngine, Engine
 from gr00t_fast.engine.exported import ExportedEngine, OnnxRuntimeEngine, OpenVinoEngine
 from gr00t_fast.engine.manifest import Target
+from gr00t_fast.engine.packed import FusedEngine
 from gr00t_fast.engine.tensorrt import TensorRTEngine
 from gr00t_fast.model import Gr00t
 
 # Engines over the torch model, and over exported files, which read no torch weights.
-ENGINES: dict[str, Callable[[Gr00t], Engine]] = {"eager": EagerEngine, "cuda_graph": cuda_graph_engine, "compiled": compiled_engine}
+ENGINES: dict[str, Callable[[Gr00t], Engine]] = {
+    "eager": EagerEngine,
+    "fused": FusedEngine,
+    "cuda_graph": cuda_graph_engine,
+    "compiled": compiled_engine,
+}
 EXPORTED: dict[str, type[ExportedEngine]] = {"onnxruntime": OnnxRuntimeEngine, "tensorrt": TensorRTEngine, "openvino": OpenVinoEngine}
 
 
 def make_engine(name: str, model: Gr00t) -> Engine:
-    """An engine over the torch model; `auto` is eager. Raises ConfigError for another one, or a device or compiler that it cannot use."""
+    """An engine over the torch model; `auto` is fused on a CPU, else eager. Raises ConfigError for another one, or a device or compiler that it
+    cannot use."""
     check_engine(name)
     if name not in ("auto", *ENGINES):
         raise ConfigError(f"engine '{name}' needs files besides the torch model: load_policy opens it. Expected one of: {', '.join(ENGINES)}.")
-    return ENGINES["eager" if name == "auto" else name](model)
+    return ENGINES[("fused" if model.device.type == "cpu" else "eager") if name == "auto" else name](model)
 
 
 def prepare_engine(name: str, device: torch.device) -> Callable[[Gr00t], Engine]:

@@ -126,6 +126,8 @@ def compiled_engine(model: Gr00t) -> GraphEngine:
 
 def check_device(engine: str, device: torch.device) -> None:
     """Whether `engine`, by its name, can run on `device`. Raises ConfigError."""
+    if engine == "fused" and device.type != "cpu":
+        raise ConfigError(f"engine 'fused' needs a CPU, but the model is on {device}. Use --device=cpu, or --engine=eager.")
     if engine == "cuda_graph" and device.type != "cuda":
         raise ConfigError(f"engine '{engine}' needs a CUDA GPU, but the model is on {device}. Use --device=cuda, or --engine=eager.")
     if engine == "compiled":

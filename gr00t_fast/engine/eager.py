@@ -18,8 +18,8 @@ from torch import Tensor
 from gr00t_fast.base.errors import ConfigError
 from gr00t_fast.base.measurement import StageTimer
 from gr00t_fast.inputs.processor import PolicyInputs
-from gr00t_fast.model import Gr00t, ModelInputs, StepTables
-from gr00t_fast.model.action_head import Velocity, euler_step
+from gr00t_fast.model import Condition, Gr00t, ModelInputs, StepTables
+from gr00t_fast.model.action_head import Velocity, euler_step, integrate
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_BATCH = 8  # of engines over the torch model: beyond, a batch of one camera each computes as long as its parts, on GPUs too
@@ -89,29 +89,46 @@ class EagerEngine(Engine):
 
     @torch.inference_mode()
     def run(self, inputs: Inputs, noise: Tensor, denoising_steps: int, timer: StageTimer, continuation: Continuation | None = None) -> Tensor:
-        head = self.model.head
         with timer.stage("preprocess"):
             inputs, noise = inputs.to(self.device, self.dtype), noise.to(self.device)
         with timer.stage("vision"):
-            tokens = self.model.encode_vision(inputs.pixel_values)
+            tokens = self.vision(inputs)
         with timer.stage("language"):
-            features = self.model.encode_language(inputs, tokens)
+            features = self.language(inputs, tokens)
         with timer.stage("refine"):
-            condition = head.condition(head.refine(features, inputs.key_mask), inputs.state, inputs.key_mask, inputs.image_positions)
+            condition = self.condition(inputs, features)
         with timer.stage("denoise"):
             tables = self.tables(denoising_steps)
-            if continuation is None:
-                return head.denoise(noise.to(self.dtype), condition, tables)
 
             def velocity(actions: Tensor, step: int) -> Tensor:
-                return head.velocity(actions.to(self.dtype), condition, tables.tau[step], tables.modulation[step])
+                return self.velocity(actions.to(self.dtype), condition, tables.tau[step], tables.modulation[step])
 
+            if continuation is None:
+                return integrate(velocity, noise.to(self.dtype), denoising_steps)
             return denoise_towards(velocity, noise, denoising_steps, continuation.to(self.device))
+
+    # Stages, which a faster form of the network replaces; arguments and results as of Gr00t and ActionHead.
+
+    def vision(self, inputs: ModelInputs) -> Tensor:
+        return self.model.encode_vision(inputs.pixel_values)
+
+    def language(self, inputs: ModelInputs, tokens: Tensor) -> Tensor:
+        return self.model.encode_language(inputs, tokens)
+
+    def condition(self, inputs: ModelInputs, features: Tensor) -> Condition:
+        head = self.model.head
+        return head.condition(head.refine(features, inputs.key_mask), inputs.state, inputs.key_mask, inputs.image_positions)
+
+    def velocity(self, actions: Tensor, condition: Condition, tau: Tensor, modulation: Tensor) -> Tensor:
+        return self.model.head.velocity(actions, condition, tau, modulation)
+
+    def step_tables(self, steps: int) -> StepTables:
+        return self.model.head.step_tables(steps)
 
     def tables(self, steps: int) -> StepTables:
         """Computed once per step count: changing the number of steps costs one small table, no reload."""
         if steps not in self._tables:
-            self._tables[steps] = self.model.head.step_tables(steps)
+            self._tables[steps] = self.step_tables(steps)
         return self._tables[steps]
 
 

@@ -115,10 +115,11 @@ def folded_decoder(head: ActionHead) -> tuple[Tensor, Tensor]:
 
 
 class FusedModel(nn.Module):
-    def __init__(self, model: Gr00t) -> None:
-        """The weights of `model` are moved into joined matrices: their values do not change."""
+    def __init__(self, model: Gr00t, join: bool = True) -> None:
+        """The weights of `model` are moved into joined matrices: their values do not change. join=False: they stay where they are, for a CPU, which
+        gains nothing by it."""
         super().__init__()
-        self.config = model.config
+        self.config, self._join = model.config, join
         self.vision, self.language, self.head, self.to_pixels = model.vision, model.language, model.head, model.to_pixels
         with torch.no_grad():
             self._pack()
@@ -178,10 +179,9 @@ class FusedModel(nn.Module):
             q, k, v = normed_rotated(qkv, attention.heads, head_norm, constants.cos, constants.sin, attention.q_norm.eps)
             attended = merge_heads(causal_attention(q, k, v, by_mask=leaks(x)))
             x, normed = linear_add_norm(attention.out, attended, x, Norm.of(block.norm2))
-            gate, up = linear(gate_up, normed).chunk(2, dim=-1)  # (B, S, inner)
-            inner = nn.functional.silu(gate) * up
+            inner = gated(gate_up, normed)  # (B, S, inner)
             if index < len(deepstack) or isinstance(following, nn.Identity):
-                x = x + linear(block.mlp.down, inner)
+                x = linear(block.mlp.down, inner, residual=x)
                 x = x.index_add(1, constants.image_positions, deepstack[index]) if index < len(deepstack) else x
                 normed = x if isinstance(following, nn.Identity) else norm(x, Norm.of(following))
             else:
@@ -204,7 +204,7 @@ class FusedModel(nn.Module):
             x, normed = linear_add_norm(block.attention.out, attended, x, Norm.of(block.norm2))
             inner = linear(block.mlp.up, normed, "gelu")
             if following is None:
-                x = normed = x + linear(block.mlp.down, inner)
+                x = normed = linear(block.mlp.down, inner, residual=x)
             else:
                 x, normed = linear_add_norm(block.mlp.down, inner, x, Norm.of(following))
         return x, normed
@@ -219,12 +219,13 @@ class FusedModel(nn.Module):
         else:
             seen = {"text": constants.text_positions, "image": constants.image_positions}
             contexts = {name: vl_features.index_select(1, places) for name, places in seen.items()}
-        pairs = {name: iter(self._keys_values(layer, contexts[name])) for name, layer in self.cross.items()}
+        pairs = {name: iter(self._keys_values(layers, contexts[name])) for name, layers in self.cross.items()}
         return Condition(self.head.prefix(state), [next(pairs[block.context]) for block in crossing], None)
 
-    def _keys_values(self, layer: nn.Module, context: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Of the blocks whose keys and values `layer` holds side by side: context (B, S, C) -> pairs of (B, N, S, K)."""
-        parts = linear(layer, context).split(self.head.dit.width, dim=-1)  # keys, values of the first block, of the second, ...
+    def _keys_values(self, layers: nn.ModuleList, context: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Of the blocks whose keys and values `layers` hold side by side: context (B, S, C) -> pairs of (B, N, S, K)."""
+        products = [linear(layer, context).split(self.head.dit.width, dim=-1) for layer in layers]
+        parts = [part for product in products for part in product]  # keys, values of the first block, of the second, ...
         heads = [split_heads(part, self.head.config.dit.num_heads) for part in parts]  # (B, N, S, K)
         return list(zip(heads[::2], heads[1::2], strict=True))
 
@@ -256,12 +257,13 @@ class FusedModel(nn.Module):
     def _pack(self) -> None:
         self._pack_vision()
         head, blocks = self.head, self.language.blocks
-        self.gate_up = nn.ModuleList(joined([block.mlp.gate, block.mlp.up]) for block in blocks)
+        side_by_side = joined if self._join else list
+        self.gate_up = nn.ModuleList(nn.ModuleList(side_by_side([block.mlp.gate, block.mlp.up])) for block in blocks)
         self.head_norms = nn.ParameterList(nn.Parameter(_per_head(block), requires_grad=False) for block in blocks)
         crossing: dict[str, list[nn.Module]] = {}
         for block in (block for block in head.dit.blocks if block.crosses):
             crossing.setdefault(block.context, []).append(block.attention.kv)
-        self.cross = nn.ModuleDict({name: joined(layers) for name, layers in crossing.items()})
+        self.cross = nn.ModuleDict({name: nn.ModuleList(side_by_side(layers)) for name, layers in crossing.items()})
         self.folded_encoder = folded = FoldedEncoder.of(head)
         self.encode = as_linear(folded.weight.t().contiguous(), None)
         self.w3 = as_linear(head.action_encoder.w3.weight.t(), None)
@@ -324,9 +326,9 @@ class FusedQwenVision(FusedModel):
 _BY_TOWER: dict[type, type[FusedModel]] = {VisionConfig: FusedModel, Siglip2VisionConfig: FusedSiglip2, QwenVisionConfig: FusedQwenVision}
 
 
-def fused_model(model: Gr00t) -> FusedModel:
+def fused_model(model: Gr00t, join: bool = True) -> FusedModel:
     """Of any network, by its vision tower."""
-    return _BY_TOWER[type(model.config.vision)](model)
+    return _BY_TOWER[type(model.config.vision)](model, join)
 
 
 def signed(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -340,13 +342,13 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
-def joined(layers: Sequence[nn.Linear]) -> nn.Linear:
+def joined(layers: Sequence[nn.Linear]) -> list[nn.Linear]:
     """One layer whose outputs are those of `layers` side by side. Their weights become views of its weights, if they are not yet."""
     weight = _side_by_side([layer.weight for layer in layers])
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
     for layer, part in zip(layers, weight.split([layer.out_features for layer in layers]), strict=True):
         layer.weight = nn.Parameter(part, requires_grad=False)
-    return as_linear(weight, bias)
+    return [as_linear(weight, bias)]
 
 
 def as_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -419,22 +421,29 @@ def norm(x: Tensor, spec: Norm) -> Tensor:
 
 def linear(layer: nn.Module, x: Tensor, activation: Activation | None = None, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """activation(layer(x)) + residual: x (B, T, D) -> (B, T, out). `bias` (out,): instead of the layer's own, of a plain nn.Linear."""
-    if type(layer) is not nn.Linear:
-        y = ACTIVATIONS[activation](layer(x))
+    if type(layer) is not nn.Linear:  # engine/packed.py: all in one
+        return layer(x, activation, bias, residual)
+    bias = layer.bias if bias is None else bias
+    # A CPU computes the other GELU here (erf), and autograd has no formula for it
+    if activation in _IN_THE_PRODUCT and bias is not None and x.is_cuda and not torch.is_grad_enabled():
+        rows = x.reshape(-1, x.shape[-1])
+        y = torch._addmm_activation(bias, rows, layer.weight.t(), use_gelu=activation == "gelu").reshape(*x.shape[:-1], -1)
     else:
-        bias = layer.bias if bias is None else bias
-        # A CPU computes the other GELU here (erf), and autograd has no formula for it
-        if activation in _IN_THE_PRODUCT and bias is not None and x.is_cuda and not torch.is_grad_enabled():
-            rows = x.reshape(-1, x.shape[-1])
-            y = torch._addmm_activation(bias, rows, layer.weight.t(), use_gelu=activation == "gelu").reshape(*x.shape[:-1], -1)
-        else:
-            y = ACTIVATIONS[activation](F.linear(x, layer.weight, bias))
+        y = ACTIVATIONS[activation](F.linear(x, layer.weight, bias))
     return y if residual is None else y + residual
+
+
+def gated(layers: nn.ModuleList, x: Tensor) -> Tensor:
+    """silu(gate(x)) * up(x), of [gate, up] or both joined: x (B, T, D) -> (B, T, inner)."""
+    if len(layers) == 2:
+        return linear(layers[0], x, "silu") * linear(layers[1], x)
+    gate, up = linear(layers[0], x).chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 def linear_add_norm(layer: nn.Module, h: Tensor, x: Tensor, spec: Norm) -> tuple[Tensor, Tensor]:
     """x + layer(h), and its norm: h (B, T, in), x (B, T, D)."""
-    x = x + linear(layer, h)
+    x = linear(layer, h, residual=x)
     return x, norm(x, spec)
 
 

@@ -6,6 +6,7 @@ torch is imported in the functions that need it.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import shutil
@@ -120,6 +121,7 @@ def settings_for(options: BenchOptions, arm: Mapping[str, Any], precision: str) 
 # OpenVINO runs fp32 files in the arithmetic that it chooses, which the table names.
 _CANDIDATES = (
     ("eager", "eager", "", ()),
+    ("fused", "fused", "cpu", ()),
     ("compiled", "compiled", "", ()),
     ("cuda_graph", "cuda_graph", "cuda", ()),
     ("tensorrt fp16", "tensorrt", "cuda", ("onnx-fp16", "tensorrt-fp16")),
@@ -140,6 +142,7 @@ def obstacles() -> dict[str, tuple[str, str]]:
     compiler = any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
     found = {
         "eager": ("", ""),
+        "fused": ("", ""),
         "compiled": ("" if compiler else "no C++ compiler", "Install g++ or clang++."),
         "cuda_graph": ("" if cuda else "needs a CUDA GPU", ""),
         "tensorrt": ("neither tensorrt_rtx nor tensorrt is installed", install_command("tensorrt_rtx")),
@@ -294,7 +297,10 @@ class Bench:
         if name in EXPORTED:
             policy = self.policy(name, engine_path=directory, device=str(self.device) if name == "tensorrt" else "auto")
             return policy, policy.precision
-        return self.policy(make_engine(name, self.shared)), word_of(self.dtype)
+        network = self.shared
+        if name == "fused":  # packs layers: modules of its own, over the same weights until then
+            network = copy.deepcopy(network, {id(weight): weight for weight in network.parameters()})
+        return self.policy(make_engine(name, network)), word_of(self.dtype)
 
     def answers(self, policy: Gr00tPolicy) -> list[Actions]:
         """To each observation, with noise of its own."""

@@ -32,6 +32,9 @@ import gr00t_fast.model.action_head as dit
 from benchmarks.lib.reference import REFERENCE_HEAD, SecondReference
 from gr00t_fast import load_policy
 from gr00t_fast.checkpoint import open_checkpoint
+from gr00t_fast.engine import packed
+from gr00t_fast.engine.eager import EagerEngine
+from gr00t_fast.engine.packed import FusedEngine
 from gr00t_fast.inputs.data_config import DATA_CONFIGS
 from gr00t_fast.inputs.prompt import PromptEncoder, find_tokenizer
 from gr00t_fast.inputs.transforms import ActionTransform, StateTransform
@@ -153,6 +156,30 @@ def test_features(golden: Golden, ours) -> None:
 def test_action_pred(golden: Golden, ours, reduced_checkpoints: dict[str, Path], steps: int) -> None:
     floor, _ = _floors(reduced_checkpoints[golden.case], golden.case, golden.style, steps)
     assert relative_error(ours.actions[steps], golden.action_pred(steps)) <= _tolerance(floor, ASKED)
+
+
+@pytest.mark.parametrize("form", ["as users get it", "packed"])
+@each_case
+def test_the_engine_fused_agrees_with_eager_at_every_stage(golden: Golden, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each stage from what eager's stage before it made. `packed`: every layer that comes again, where oneDNN can."""
+    if form == "packed":
+        monkeypatch.setattr(packed, "MIN_WEIGHT_BYTES", 0)
+        monkeypatch.setattr(packed, "_ways", {})
+        monkeypatch.setattr(packed, "_FASTER", 0.0)
+    eager, fused, inputs = EagerEngine(_network(golden.checkpoint)), FusedEngine(load_network(golden.checkpoint)), golden.inputs
+    with torch.inference_mode():
+        for _ in range(2):
+            tokens, ours = eager.vision(inputs), fused.vision(inputs)
+            assert relative_error(ours, tokens) < 1e-6
+            features, ours = eager.language(inputs, tokens), fused.language(inputs, tokens)
+            assert relative_error(ours, features) < 1e-6
+            condition, ours = eager.condition(inputs, features), fused.condition(inputs, features)
+            assert relative_error(ours.prefix, condition.prefix) < 1e-6
+            for mine, theirs in zip(ours.cross, condition.cross, strict=True):
+                assert max(relative_error(*pair) for pair in zip(mine, theirs, strict=True)) < 1e-6
+            tables, own = eager.tables(1), fused.tables(1)
+            velocity = eager.velocity(golden.noise, condition, tables.tau[0], tables.modulation[0])
+            assert relative_error(fused.velocity(golden.noise, condition, own.tau[0], own.modulation[0]), velocity) < ASKED
 
 
 @each_case

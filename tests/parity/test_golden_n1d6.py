@@ -84,7 +84,7 @@ def test_stages(case: Path, stage: str) -> None:
     assert (ours - theirs).abs().max() < STAGES[stage] * theirs.abs().max()
 
 
-@pytest.mark.parametrize("engine", ["eager", "fused"])
+@pytest.mark.parametrize("engine", ["eager", "fused", "graph"])
 def test_actions_from_raw_frames(case: Path, n1d6_dir: Path, engine: str) -> None:
     golden, policy = _golden(case), _policy(case, n1d6_dir, engine)
     inputs, noise = policy.preprocess(golden.flat_observation()), golden.arrays["noise"]
@@ -99,7 +99,7 @@ def test_actions_from_raw_frames(case: Path, n1d6_dir: Path, engine: str) -> Non
             assert (np.abs(value - expected) < JOINT_RANGE * np.where(span > 0, span, 1.0)).all()
 
 
-@pytest.mark.parametrize("engine", ["eager", "fused"])
+@pytest.mark.parametrize("engine", ["eager", "fused", "graph"])
 def test_a_batch_is_what_the_reference_makes_of_it(case: Path, n1d6_dir: Path, engine: str) -> None:
     """The text comes first, so its length moves the pictures: each item's places are its own. The reference's padding reaches nothing, either."""
     golden, policy = _golden(case), _policy(case, n1d6_dir, engine)

@@ -158,7 +158,7 @@ def test_rtc_arrays(case: Path) -> None:
 
 @functools.cache
 def _policy(case: Path, processor: Path, engine: str) -> Gr00tPolicy:
-    ready = GraphEngine("fused", fused_model(_golden(case).model)) if engine == "fused" else engine
+    ready = GraphEngine("graph", fused_model(_golden(case).model)) if engine == "graph" else engine
     return load_policy(case / "checkpoint", device="cpu", precision="fp32", processor_path=processor, engine=ready)
 
 
@@ -171,7 +171,7 @@ def _exact(case: Path, processor: Path, steps: int) -> dict[str, np.ndarray]:
     return policy.postprocess(engine.run(inputs.to(engine.device, engine.dtype), noise, steps, StageTimer()).numpy(), inputs)
 
 
-@pytest.mark.parametrize("engine", ["eager", "fused"])
+@pytest.mark.parametrize("engine", ["eager", "fused", "graph"])
 def test_actions_from_raw_frames(case: Path, qwen_dir: Path, engine: str) -> None:
     golden, policy = _golden(case), _policy(case, qwen_dir, engine)
     for steps in STEPS if engine == "eager" else (4,):
