@@ -525,7 +525,8 @@ class ControlLoop:
             return
         observation, record = self._news or (replace(self._seen, frames={}), None)
         for observer in self.observers:
-            observer.see(observation, record, self.mode)
+            with suppress(Exception) if self.stop.shutting_down else nullcontext():  # nobody who looks on keeps the arm from being put down
+                observer.see(observation, record, self.mode)
 
     def _record(self, target: np.ndarray, commanded: np.ndarray, sent_s: float, age_ticks: int, underrun: bool) -> TickRecord:
         return TickRecord(
