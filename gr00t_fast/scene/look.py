@@ -236,12 +236,12 @@ def _colours_exchanged(trained: Trained, live: View, place: np.ndarray) -> bool:
     """Whether red and blue vary over the picture as they did, one for the other; their ratio alone would be the colour of the light."""
     both = trained.view.usable & warped(live.usable, place)
     upon = warped(live.picture, place)
-    both &= ((upon > 8) & (upon < 245)).all(-1)
+    both &= blurred(((upon > 8) & (upon < 245)).all(-1), 2) > 0.95
     one, other = (blurred(np.log(each.astype(np.float32) + 8), 2)[both] for each in (trained.median, upon))
-    if len(one) < 500:
+    if len(one) < 0.3 * trained.view.usable.sum():  # in a glaring light only grey things keep their colours
         return False
     ratio, live_ratio = one[:, 0] - one[:, 2], other[:, 0] - other[:, 2]
-    return float(ratio.std()) > 0.05 and float(np.corrcoef(ratio, live_ratio)[0, 1]) < -0.3
+    return float(ratio.std()) > 0.05 and float(np.corrcoef(ratio, live_ratio)[0, 1]) < -0.15
 
 
 def _pose(card: Card, joints: np.ndarray, away: np.ndarray, led: bool) -> Iterator[Finding]:
