@@ -282,7 +282,7 @@ def test_a_camera_that_is_turned_as_the_page_says_becomes_green(browser: WebDriv
         for _ in range(12):
             if "as in the recordings" in ways():
                 break
-            for sign, axis, word in ((-1, 1, "right"), (1, 1, "left"), (-1, 0, "down"), (1, 0, "up")):
+            for sign, axis, word in ((-1, 1, "to the right"), (1, 1, "to the left"), (-1, 0, "down"), (1, 0, "up")):
                 turned[axis] += sign * sum(map(float, re.findall(rf"turn it ([\d.]+) degrees {word}", ways())))
             for sign, word in ((-1, "clockwise"), (1, "counterclockwise")):
                 turned[2] += sign * sum(map(float, re.findall(rf"roll it ([\d.]+) degrees {word}", ways())))

@@ -4,7 +4,6 @@ which way to turn. No servo is spoken to."""
 from __future__ import annotations
 
 import contextlib
-import math
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,11 +16,10 @@ from gr00t_fast.record.web import REFRESH_S, WebPage, names_of
 from gr00t_fast.robots import CameraConfig, SimCameraConfig, rendered
 from gr00t_fast.robots import lerobot_glue as glue
 from gr00t_fast.scene.card import Card
-from gr00t_fast.scene.look import ASSUMED_VIEW_DEG, Look, look, most_shift, of_policy
+from gr00t_fast.scene.look import ASSUMED_DISTANCE_M, ASSUMED_VIEW_DEG, Look, look, most_shift, of_policy, ways_back
 from gr00t_fast.virtual import rendered_cameras
 
 _OLDEST_MS, _FIRST_MS = 2000, 5000
-_DISTANCE_M = 0.5  # from camera to table, for a way in centimetres; it is said
 _GHOST = ".trained"
 _GHOSTLY = "document.documentElement.style.setProperty('--ghost', {})"
 _STYLE = """
@@ -34,29 +32,6 @@ _STYLE = """
  .off { font-size: 1.6rem; font-weight: 700; font-variant-numeric: tabular-nums } .ways { font-size: 1.1rem; white-space: pre-line }
 </style>
 """
-
-
-def ways_back(card: Card, camera: str, seen: Mapping[str, float]) -> list[str]:
-    """What to do with a camera, the largest part first: `card` of the recordings, `seen` as Look.measures has it, of the policy's `camera`."""
-    trained = of_policy(card, camera)
-    if trained is None or seen["shift"] <= most_shift(trained):
-        return []
-    degrees, corner = ASSUMED_VIEW_DEG / trained.size[0], math.hypot(*trained.size) / 2
-
-    def turned(pixels: float, way: str) -> str:
-        angle = abs(pixels) * degrees
-        return f"turn it {angle:.1f} degrees {way}, or move it {100 * _DISTANCE_M * math.tan(math.radians(angle)):.1f} cm {way}"
-
-    parts = {
-        f"{'→' if seen['right'] > 0 else '←'} {turned(seen['right'], 'right' if seen['right'] > 0 else 'left')}": abs(seen["right"]),
-        f"{'↓' if seen['down'] > 0 else '↑'} {turned(seen['down'], 'down' if seen['down'] > 0 else 'up')}": abs(seen["down"]),
-        f"{'↻' if seen['roll'] > 0 else '↺'} roll it {abs(seen['roll']):.1f} degrees {'' if seen['roll'] > 0 else 'counter'}clockwise": (
-            math.radians(abs(seen["roll"])) * corner
-        ),
-        f"{'⊖ move it away' if seen['zoom'] > 0 else '⊕ move it nearer'} by {abs(seen['zoom']):.1%}": abs(seen["zoom"]) * corner,
-    }
-    most = max(parts.values())
-    return [text for text, size in sorted(parts.items(), key=lambda each: -each[1]) if size >= max(1.0, most / 3)]
 
 
 class AlignPage(WebPage):
@@ -87,7 +62,7 @@ class AlignPage(WebPage):
             right = seen["shift"] <= limit and not problem
             self._off[name] = "another picture" if problem else f"{seen['shift']:.1f} pixels off, at most {limit:.1f}"
             self._colour[name] = "#2e7d32" if right else "#c62828"
-            self._ways[name] = "\n".join(told if problem else ways_back(self._card, policy, seen)) or ("as in the recordings" if right else "")
+            self._ways[name] = "as in the recordings" if right else "\n".join(told if problem else ways_back(trained, seen))
 
     def page(self) -> None:
         ui, views = self.ui, {}
@@ -105,9 +80,7 @@ class AlignPage(WebPage):
                     ui.label(name).classes("text-subtitle1")
                     views[name] = ui.label().classes("off"), ui.label().classes("ways")
                     self.pictures([name, name + _GHOST])
-        ui.label(
-            f"Ways in centimetres are for a camera {100 * _DISTANCE_M:.0f} cm from what it sees, whose lens sees {ASSUMED_VIEW_DEG:.0f} degrees."
-        )
+        ui.label(f"The ways are for a lens that sees {ASSUMED_VIEW_DEG:.0f} degrees, {100 * ASSUMED_DISTANCE_M:.0f} cm from the scene.")
 
         def refresh() -> None:
             for name, (off, ways) in views.items():
