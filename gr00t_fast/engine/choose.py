@@ -28,12 +28,11 @@ EXPORTED: dict[str, type[ExportedEngine]] = {"onnxruntime": OnnxRuntimeEngine, "
 
 
 def make_engine(name: str, model: Gr00t) -> Engine:
-    """An engine over the torch model; `auto` is fused on a CPU, else eager. Raises ConfigError for another one, or a device or compiler that it
-    cannot use."""
+    """An engine over the torch model; `auto` is eager. Raises ConfigError for another one, or a device or compiler that it cannot use."""
     check_engine(name)
     if name not in ("auto", *ENGINES):
         raise ConfigError(f"engine '{name}' needs files besides the torch model: load_policy opens it. Expected one of: {', '.join(ENGINES)}.")
-    return ENGINES[("fused" if model.device.type == "cpu" else "eager") if name == "auto" else name](model)
+    return ENGINES["eager" if name == "auto" else name](model)
 
 
 def prepare_engine(name: str, device: torch.device) -> Callable[[Gr00t], Engine]:
