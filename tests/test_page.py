@@ -325,7 +325,7 @@ def test_a_blinded_trial_shows_its_name_and_nothing_that_tells_its_setting() -> 
         seen = []
         for mode, inference_ms, left in ((Mode.PLAY, 40.0, 4), (Mode.HOLD, 900.0, 0)):
             record = replace(tick(3), inference_ms=inference_ms, ahead=np.ones((left, 6)), underrun=mode is Mode.HOLD)
-            made.add(Observation(np.zeros(6), {}, 0.0), PageNote(record, mode, "go", "", ()))
+            made.add(Observation(np.zeros(6), {}, 0.0), PageNote((record,), mode, "go", "", ()))
             seen.append({name: value for name, value in vars(made.state).items()})
         WebPage.__exit__(made)
     assert seen[0] == seen[1]

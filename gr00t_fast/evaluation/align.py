@@ -20,6 +20,7 @@ from gr00t_fast.scene.look import ASSUMED_DISTANCE_M, ASSUMED_VIEW_DEG, Look, lo
 from gr00t_fast.virtual import rendered_cameras
 
 _OLDEST_MS, _FIRST_MS = 2000, 5000
+_READ_S = 0.1
 _GHOST = ".trained"
 _GHOSTLY = "document.documentElement.style.setProperty('--ghost', {})"
 _STYLE = """
@@ -136,5 +137,5 @@ def align(
                 page.judge(last)
             if looking is None:
                 looking = pool.submit(look, card, {name: frame.copy() for name, frame in frames.items()}, camera_map)
-            time.sleep(REFRESH_S)
+            time.sleep(_READ_S)
     return last

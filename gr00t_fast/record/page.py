@@ -30,7 +30,7 @@ BARE = f"{HERE}:{DEFAULT_PORT}"  # what `--page` without a value means
 _OFF = ("false", "no", "off", "0")
 _ADDRESS = re.compile(r"(?P<host>\[[\da-fA-F:.%]+\]|[\w.-]*):(?P<port>\d{1,5})|(?P<only>\d{1,5})")
 COMPARED = " as recorded, now, difference"  # behind a camera's name
-_PICTURE_S = 0.1  # between two pictures of a camera
+_PUT_S = 0.1  # between two pictures of a camera
 _START_S, _FINISH_S = 30.0, 5.0  # to start: on a slow disk or a busy machine; the arm is not powered yet
 _MOST_WAITING = 50  # calls that the page has not answered: beyond, it hangs and is told no more words
 _PATIENT_LINES = 200
@@ -67,9 +67,9 @@ class PageFacts:
 
 @dataclass(frozen=True)
 class PageNote:
-    """A tick, and what else changed: `waits` for what the next episode waits, `said` the lines since the last note."""
+    """What changed since the last note: the ticks, `waits` for what the next episode waits, the lines that were `said`."""
 
-    tick: TickRecord | None
+    ticks: tuple[TickRecord, ...]
     mode: Mode
     instruction: str
     waits: str
@@ -128,7 +128,8 @@ class PageView(View):
         self._opens, self._stop, self._show_address = address.opens, stop, show_address
         self._pressed: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         self._said: list[str] = []
-        self._pictured_s = -np.inf
+        self._ticks: list[TickRecord] = []  # since the last message
+        self._put_s, self._mode = -np.inf, Mode.APART
 
     def __enter__(self) -> PageView:
         """Starts the process, which takes a second or two: `wait_until_ready` waits for it."""
@@ -169,17 +170,19 @@ class PageView(View):
     def compared(self, observation: Observation, pictures: Mapping[str, np.ndarray]) -> None:
         """What a look at the scene compared: camera -> uint8 RGB (height, width, 3); shown where it is no larger than the cameras' pictures."""
         named = {f"{camera}{COMPARED}": picture for camera, picture in pictures.items()}
-        self.sink.put(replace(observation, frames=named), PageNote(None, Mode.CONNECTED, *self.playing(), ()))
+        self.sink.put(replace(observation, frames=named), PageNote((), Mode.CONNECTED, *self.playing(), ()))
 
     def see(self, observation: Observation, tick: TickRecord | None = None, mode: Mode = Mode.HOLD) -> None:
+        """Handed on ten times a second, and when the mode changes: every message wakes a process beside the loop."""
+        self._ticks += [] if tick is None else [tick]
         now_s = time.monotonic()
-        if now_s - self._pictured_s < _PICTURE_S - 0.01 or not observation.frames:
-            observation = replace(observation, frames={})
-        else:
-            self._pictured_s = now_s
+        if now_s - self._put_s < _PUT_S - 0.01 and mode is self._mode:
+            return
+        self._put_s, self._mode = now_s, mode
         said, self._said = self._said, []
+        ticks, self._ticks = self._ticks, []
         dropped = self.sink.dropped
-        self.sink.put(observation, PageNote(tick, mode, *self.playing(), tuple(said)))
+        self.sink.put(observation, PageNote(tuple(ticks), mode, *self.playing(), tuple(said)))
         if self.sink.dropped > dropped:
             self._said = [*said, *self._said]
 

@@ -89,13 +89,13 @@ class PageServer(WebPage):
         self._low, self._high = np.array(limits, float).T
 
     def add(self, observation: Observation, note: PageNote) -> None:
-        """A tick. Pictures are made smaller and encoded while somebody looks."""
+        """What has come. Pictures are made smaller and encoded while somebody looks."""
         self.show(observation.frames)
         if note.mode is not self._mode:
             self._mode, self._since_s = note.mode, time.monotonic()
-        self._tick = note.tick or self._tick
-        if note.tick is not None:
-            self._rate.add(note.tick)
+        for tick in note.ticks:
+            self._tick = tick
+            self._rate.add(tick)
         self._say(note.said)
         state = self.state
         state.lowering, state.paused = note.mode is Mode.PUT_DOWN, note.mode is Mode.PAUSED
@@ -104,7 +104,8 @@ class PageServer(WebPage):
         state.headline, state.colour = mode.name.replace("_", " ").lower(), _COLOURS.get(mode, "#455a64")
         state.why, state.instruction = "the trial goes on" if playing else self._why(note), note.instruction
         state.facts = self._clock(note)
-        state.bars = bars(self._facts.joints, self._facts.unit, self._low, self._high, observation.joints, None if self._facts.trial else note.tick)
+        shown = self._tick if note.ticks and not self._facts.trial else None
+        state.bars = bars(self._facts.joints, self._facts.unit, self._low, self._high, observation.joints, shown)
 
     def over(self, report: str, said: Sequence[str]) -> None:
         """The run has ended."""

@@ -23,7 +23,7 @@ import numpy as np
 from gr00t_fast.base.errors import require
 
 HERE = "127.0.0.1"
-REFRESH_S = 0.1
+REFRESH_S = 0.2  # of what is no picture
 _MOST_CLIENTS = 8
 _MOST_PAGES = 24  # that were asked for and not closed yet, those without a socket among them
 _MOST_MESSAGE_BYTES = 1 << 16
