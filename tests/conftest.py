@@ -119,7 +119,8 @@ def reference_root(restored_dir: Callable[[str], Path]) -> Callable[..., Path]:
     def root(*paths: str) -> Path:
         if all((SHARED / path).exists() for path in paths):
             return SHARED
-        return [restored_dir(path.partition("/")[0]).parent for path in paths][0]
+        directories = [restored_dir(path.partition("/")[0]) for path in paths]
+        return directories[0].parent
 
     return root
 

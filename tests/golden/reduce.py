@@ -21,7 +21,6 @@ from golden.restore import HERE, UNREAD_WORD, Differences, build, digest, restor
 from safetensors import safe_open
 
 from gr00t_fast import load_policy
-from gr00t_fast.inputs.prompt import load_tokenizer
 from gr00t_fast.policy import Gr00tPolicy
 
 # Directory and case -> the seed of its numbers; for N1.5's and N1.6's and N1.7's the 64-bit words that were drawn before the first frame.
@@ -61,9 +60,8 @@ def describe(shared: Path, directory: str, case: str, ids: Iterable[int]) -> tup
         skip, half = _where_lerobots_frames_begin(seed, source)
     about = {"program": program, "seed": seed, "skip": skip, "half": half, "noise": 3 if program == "n1d6" else 12}
     about["letterbox"] = case in _PADDED[directory] if directory in _PADDED else False if case == "n1d7_local_base" else None
-    files = [file for file in sorted((source / "checkpoint").rglob("*")) if file.is_file() and not file.name.startswith("model-") and file.name != "model.safetensors"]
     texts, binary = {}, {}
-    for file in files:
+    for file in _configuration(source):
         path = str(file.relative_to(source))
         if file.suffix == ".safetensors":
             binary[path] = file.read_bytes().hex()
@@ -86,9 +84,15 @@ def describe(shared: Path, directory: str, case: str, ids: Iterable[int]) -> tup
     return about, truth
 
 
+def _configuration(source: Path) -> list[Path]:
+    """All of a checkpoint but its weights."""
+    files = (file for file in sorted((source / "checkpoint").rglob("*")) if file.is_file())
+    return [file for file in files if not (file.suffix == ".safetensors" and file.name.startswith("model"))]
+
+
 def _describe_weights(about: dict[str, Any], source: Path, program: str, ids: list[int]) -> dict[str, np.ndarray]:
     embodiment = 31 if "n1d5" in program else 10
-    about["rows"] = {**dict.fromkeys(_EMBEDDINGS, ids), **dict.fromkeys(_PER_EMBODIMENT, [embodiment])}
+    about["rows"] = {**dict.fromkeys(_EMBEDDINGS, ids), **{ending: [embodiment] for ending in _PER_EMBODIMENT}}
     truth, shapes, about["weights"] = {}, {}, {}
     for file in sorted((source / "checkpoint").glob("model*.safetensors")):
         with safe_open(file, "pt") as weights:
@@ -192,12 +196,10 @@ def _merged(parts: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def _policies(root: Path, directory: str, case: str) -> Iterable[Gr00tPolicy]:
-    settings = {"data_config": case} if directory == "golden" else {}
+    settings = {"device": "cpu", "precision": "fp32", **({"data_config": case} if directory == "golden" else {})}
     for tokenizer in _TOKENIZERS[_program(directory, case)[-4:]]:
         for style in ("plain", "nvidia") if directory == "golden" else ("plain",):
-            yield load_policy(
-                root / directory / case / "checkpoint", processor_path=root / tokenizer, device="cpu", precision="fp32", prompt_style=style, **settings
-            )
+            yield load_policy(root / directory / case / "checkpoint", processor_path=root / tokenizer, prompt_style=style, **settings)
 
 
 def _observation(root: Path, directory: str, case: str, policy: Gr00tPolicy) -> dict[str, Any]:
@@ -253,12 +255,10 @@ def _check(shared: Path, made: Path, directory: str, case: str, expected: tuple[
         with np.load(file) as theirs, np.load(copy / file.name) as ours:
             assert all(np.array_equal(theirs[name], ours[name]) for name in ours)
             assert {name for name in theirs if not name.startswith(_UNUSED)} == set(ours)
-    for file in (file for file in (source / "checkpoint").rglob("*") if file.is_file()):
-        other = copy / file.relative_to(source)
-        if not file.name.startswith("model") or file.suffix != ".safetensors":
-            assert file.read_bytes() == other.read_bytes(), file
-            continue
-        with safe_open(file, "pt") as theirs, safe_open(other, "pt") as ours:
+    for file in _configuration(source):
+        assert file.read_bytes() == (copy / file.relative_to(source)).read_bytes(), file
+    for file in (source / "checkpoint").glob("model*.safetensors"):
+        with safe_open(file, "pt") as theirs, safe_open(copy / file.relative_to(source), "pt") as ours:
             assert list(theirs.keys()) == list(ours.keys())
             for name in theirs.keys():  # noqa: SIM118
                 true, found = theirs.get_tensor(name), ours.get_tensor(name)

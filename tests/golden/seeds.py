@@ -1,7 +1,8 @@
 """The random numbers and pictures that the recordings were made of, once more from their seeds.
 
 NumPy alone: results of torch and OpenCV differ in the last bit from version to version and from processor to processor. What is computed here is a
-prediction, so it need not be exact: `restore.py` adds what was stored of the difference. Axis alphabet: H, W height and width, h, w those of a result.
+prediction, so it need not be exact: `restore.py` adds what was stored of the difference. Axis alphabet: H and W height and width, h and w those of
+a result.
 """
 
 from __future__ import annotations

@@ -268,9 +268,7 @@ def test_applied_transforms_are_the_recorded_inputs(golden_dir: Path, eagle_dir:
 
 
 @pytest.mark.parametrize(("case", "style", "steps"), EVERY_STEPS)
-def test_end_to_end_from_raw_frames(
-    golden_dir: Path, eagle_dir: Path, restored: Path, case: str, style: str, steps: int
-) -> None:
+def test_end_to_end_from_raw_frames(golden_dir: Path, eagle_dir: Path, restored: Path, case: str, style: str, steps: int) -> None:
     golden, policy = load_case(golden_dir / case, style), _policy(golden_dir / case, eagle_dir, style)
     policy.denoising_steps = steps
     keys = (*DATA_CONFIGS[case].video_keys, *DATA_CONFIGS[case].state_keys, "annotation.human.task_description")
