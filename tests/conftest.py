@@ -7,7 +7,8 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,27 +94,50 @@ def ordinary_priority() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """Directory with the recorded outputs of the reference (`golden/`) and the Eagle processor files."""
-    directory = Path(os.environ.get("GR00T_FAST_SHARED") or ROOT.parent / "shared")
-    if not directory.is_dir():
-        pytest.skip(f"no reference data in {directory}: set GR00T_FAST_SHARED to the directory that holds golden/ and eagle2_hg_model/")
-    return directory
+    """The unreduced recordings of the reference and its tokenizers, for tests that need more than tests/golden/ has."""
+    from golden.restore import SHARED
+
+    if not SHARED.is_dir():
+        pytest.skip("needs the unreduced reference data: set GR00T_FAST_SHARED to the directory that holds them (tests/golden/README.md)")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def restored_dir() -> Iterator[Callable[[str], Path]]:
+    """Name -> that directory of the reference data, written from the reduced ones in tests/golden/ when it is first asked for."""
+    from golden.restore import restore
+
+    with tempfile.TemporaryDirectory() as root:
+        yield functools.cache(lambda name: restore(name, Path(root)))
+
+
+@pytest.fixture(scope="session")
+def reference_root(restored_dir: Callable[[str], Path]) -> Callable[..., Path]:
+    """Paths in the reference data -> the directory that has all of them: the unreduced data's, else the restored ones'."""
+    from golden.restore import SHARED
+
+    def root(*paths: str) -> Path:
+        if all((SHARED / path).exists() for path in paths):
+            return SHARED
+        directories = [restored_dir(path.partition("/")[0]) for path in paths]
+        return directories[0].parent
+
+    return root
 
 
 def _reference(name: str, file: str = ".") -> Any:
     """A fixture: the directory `name` of the reference data, which holds `file`."""
 
     @pytest.fixture(scope="session")
-    def directory(shared_dir: Path) -> Path:
-        if not (shared_dir / name / file).exists():
-            pytest.skip(f"no {shared_dir / name}, or no {file} in it")
-        return shared_dir / name
+    def directory(reference_root: Callable[..., Path]) -> Path:
+        return reference_root(f"{name}/{file}") / name
 
     return directory
 
 
 eagle_dir = _reference("eagle2_hg_model", "vocab.json")  # tokenizer and processor files of Eagle
 qwen_dir = _reference("qwen3_vl_processor", "vocab.json")  # tokenizer files of Qwen3-VL
+golden_dir = _reference("golden")  # recorded outputs of the reference's N1.5 code
 golden_n1d7_dir = _reference("golden_n1d7")  # recorded outputs of the reference's N1.7 code
 n1d6_dir = _reference("n1d6_processor", "vocab.json")  # tokenizer files of N1.6's Eagle
 golden_n1d6_dir = _reference("golden_n1d6")  # recorded outputs of the reference's N1.6 code

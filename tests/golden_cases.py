@@ -1,25 +1,24 @@
-"""The reference's recorded outputs, from the reduced copies in tests/golden/ or from the full recordings beside the checkout, in one form.
+"""The recorded outputs of the reference's N1.5 code, and our own stages in the same shapes.
 
 Axis alphabet: B batch (1), C cameras, V vision tokens, S prompt tokens, D width, H horizon, A padded action width.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from golden.reduce import KEPT_IMAGE_TOKENS, PROMPTS, ROW, STEPS, is_per_embodiment
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.model import Gr00t, ModelInputs
 
-REDUCED_DIR = Path(__file__).parent / "golden"
+CASES = {"so100": ("webcam",), "so100_dualcam": ("front", "wrist")}  # and their cameras
+PROMPTS = {"plain": "expected.npz", "nvidia": "expected_list_prompt.npz"}
+STEPS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -31,66 +30,26 @@ class Golden:
     checkpoint: Path
     inputs: ModelInputs
     noise: Tensor
-    vision_features: Tensor  # (C, some of V, D): `[:, ::vision_stride]` of what the network gives
-    vision_stride: int
-    rows: Tensor  # of the S prompt tokens, those that the two features below hold
-    backbone_features: Tensor  # (1, rows, D)
-    vl_features: Tensor  # (1, rows, D)
+    vision_features: Tensor  # (C, V, D)
+    backbone_features: Tensor  # (1, S, D)
+    vl_features: Tensor  # (1, S, D)
     arrays: Mapping[str, np.ndarray]  # `action_pred.N`, `action.<part>.N`, `in.state`, `state.<part>`, and what else the recording holds
 
     def action_pred(self, steps: int) -> Tensor:
         return torch.from_numpy(self.arrays[f"action_pred.{steps}"])
 
 
-def reduced(case: str, directory: Path) -> Path:
-    """Write the reduced checkpoint in the published format. Rows of other embodiments are NaN: reading one cannot go unseen."""
-    with np.load(REDUCED_DIR / f"{case}.npz") as z:
-        for name, file in (("config", "config.json"), ("eagle", "eagle2_hg_model/config.json"), ("metadata", "experiment_cfg/metadata.json")):
-            (directory / file).parent.mkdir(parents=True, exist_ok=True)
-            (directory / file).write_text(str(z[name]))
-        embodiments = json.loads(str(z["config"]))["action_head_cfg"].get("max_num_embodiments", 32)
-        tensors = {}
-        for key in (key for key in z if key.startswith("weights/")):
-            name, tensor = key.removeprefix("weights/"), torch.from_numpy(z[key].view(np.int16)).view(torch.bfloat16)
-            if is_per_embodiment(name):
-                whole = torch.full((embodiments, *tensor.shape[1:]), torch.nan, dtype=torch.bfloat16)
-                whole[ROW] = tensor[0]
-                tensor = whole
-            tensors[name] = tensor
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    return directory
-
-
-def load_case(case: str, style: str, checkpoint: Path, shared: Path | None) -> Golden:
-    """From the full recording in `shared`, or from the reduced copy when `shared` is None."""
-    return recorded(case, style, shared) if shared else _from_reduced(case, style, checkpoint)
-
-
-def _from_reduced(case: str, style: str, checkpoint: Path) -> Golden:
-    with np.load(REDUCED_DIR / f"{case}.npz") as z:
-        arrays = {key: z[key] for key in z if "/" not in key} | {key.split("/", 1)[1]: z[key] for key in z if key.startswith(f"{style}/")}
-    frames = torch.from_numpy(arrays["frames_224"]).permute(0, 3, 1, 2).float()  # (C, 3, 224, 224)
-    pixels = (frames - 127.5) / 127.5  # equal to the recorded pixel_values, bit for bit
-    ids = torch.from_numpy(arrays["ids"]).long()[None]
-    return _golden(case, style, checkpoint, arrays, pixels, ids, torch.from_numpy(arrays["rows"]).long(), KEPT_IMAGE_TOKENS)
-
-
-def recorded(case: str, style: str, shared: Path) -> Golden:
-    directory = shared / "golden" / case
+def load_case(directory: Path, style: str) -> Golden:
+    """Of a case's directory."""
     with np.load(directory / PROMPTS[style]) as z, np.load(directory / "observation.npz") as observation:
         arrays = {**z, **observation}
-    ids = torch.from_numpy(arrays["in.eagle_input_ids"])
-    pixels = torch.from_numpy(arrays["in.eagle_pixel_values"])
-    return _golden(case, style, directory / "checkpoint", arrays, pixels, ids, torch.arange(ids.shape[1]), 1)
-
-
-def _golden(case: str, style: str, checkpoint: Path, arrays: dict, pixels: Tensor, ids: Tensor, rows: Tensor, stride: int) -> Golden:
+    ids, pixels = torch.from_numpy(arrays["in.eagle_input_ids"]), torch.from_numpy(arrays["in.eagle_pixel_values"])
+    checkpoint = directory / "checkpoint"
     image_token = open_checkpoint(checkpoint).config.language.image_token_id
     state = torch.from_numpy(arrays["in.state"])[:, 0].float()  # (1, 64)
     inputs = ModelInputs(pixels[None], ids, torch.nonzero(ids[0] == image_token)[:, 0], state)
-    features = (torch.from_numpy(arrays[key]) for key in ("vision_features", "backbone_features", "vl_features"))
-    vision, backbone, vl = features
-    return Golden(case, style, checkpoint, inputs, torch.from_numpy(arrays["noise"]), vision, stride, rows, backbone, vl, arrays)
+    vision, backbone, vl = (torch.from_numpy(arrays[key]) for key in ("vision_features", "backbone_features", "vl_features"))
+    return Golden(directory.name, style, checkpoint, inputs, torch.from_numpy(arrays["noise"]), vision, backbone, vl, arrays)
 
 
 @dataclass(frozen=True)

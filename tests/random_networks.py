@@ -139,7 +139,8 @@ def random_inputs(config: ModelConfig, batch: int = 1, cameras: int = 1, text_to
     """Inputs of equal prompt lengths, and noise."""
     images, side = cameras * config.vision.tokens, config.vision.image_size
     positions = torch.arange(images) + text_tokens // 2
-    return _inputs(config, positions, (batch, images + text_tokens), config.language.vocab_size - 8, (batch, cameras, 3, side, side), seed)
+    words = min(config.language.vocab_size - 8, config.language.image_token_id)
+    return _inputs(config, positions, (batch, images + text_tokens), words, (batch, cameras, 3, side, side), seed)
 
 
 def random_inputs_n1d7(

@@ -10,7 +10,7 @@ import numpy as np
 import nvidia_style_service as nvidia
 import pytest
 import torch
-from golden_cases import recorded
+from golden_cases import load_case
 from serving_fakes import ArithmeticPolicy
 
 from benchmarks import ab_server
@@ -71,8 +71,8 @@ def test_a_difference_is_claimed_only_where_it_can_be_told() -> None:
 
 
 @pytest.mark.parametrize("case", ["so100", "so100_dualcam"])
-def test_the_reference_pre_processing_gives_what_nvidia_recorded(case: str, shared_dir: Path, eagle_dir: Path) -> None:
-    golden = recorded(case, "plain", shared_dir)
+def test_the_reference_pre_processing_gives_what_nvidia_recorded(case: str, golden_dir: Path, eagle_dir: Path) -> None:
+    golden = load_case(golden_dir / case, "plain")
     preprocessing = ReferencePreprocessing(open_checkpoint(golden.checkpoint), "new_embodiment", load_data_config(case), eagle_dir)
     observation = {key: value for key, value in golden.arrays.items() if key.startswith(("video.", "state.", "annotation."))}
     inputs = preprocessing(observation, torch.device("cpu"), torch.float32)

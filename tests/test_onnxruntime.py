@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from exports import make_export, stages_of, target_for
-from golden_cases import load_case, reduced, relative_error
+from golden_cases import load_case, relative_error
 from random_networks import Sizes, edit_json, load_network, observation, write_network
 from waiting import until
 
@@ -95,9 +95,9 @@ def _assert_stages_agree(export: Path, checkpoint: Path, inputs, noise: torch.Te
             assert relative_error(torch.from_numpy(value), expected[name]) < ASKED, f"{stage}: {name}"
 
 
-def test_each_stage_of_the_golden_network(tmp_path: Path) -> None:
-    checkpoint = reduced("so100", tmp_path / "checkpoint")
-    golden = load_case("so100", "plain", checkpoint, None)
+def test_each_stage_of_the_golden_network(golden_dir: Path, tmp_path: Path) -> None:
+    golden = load_case(golden_dir / "so100", "plain")
+    checkpoint = golden.checkpoint
     export = make_export(checkpoint, tmp_path / "onnx", "so100")
     _assert_stages_agree(export, checkpoint, golden.inputs, golden.noise)
     engine = OnnxRuntimeEngine(export, target_for(checkpoint), "cpu", "auto")

@@ -32,14 +32,20 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def qwen(eagle_dir: Path):
-    """transformers' own tokenizer from the same files."""
-    return pytest.importorskip("transformers").Qwen2TokenizerFast.from_pretrained(str(eagle_dir))
+def whole_eagle_dir(shared_dir: Path) -> Path:
+    """Tokenizer files with the whole vocabulary: any text can be written."""
+    return shared_dir / "eagle2_hg_model"
 
 
 @pytest.fixture(scope="module")
-def ours(eagle_dir: Path) -> Tokenizer:
-    return load_tokenizer(eagle_dir)
+def qwen(whole_eagle_dir: Path):
+    """transformers' own tokenizer from the same files."""
+    return pytest.importorskip("transformers").Qwen2TokenizerFast.from_pretrained(str(whole_eagle_dir))
+
+
+@pytest.fixture(scope="module")
+def ours(whole_eagle_dir: Path) -> Tokenizer:
+    return load_tokenizer(whole_eagle_dir)
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -1,6 +1,6 @@
 """Ours against what NVIDIA's code recorded, stage by stage, for two checkpoints, two prompt forms and 1, 2, 4, 8 denoising steps.
 
-`reduced` cases run in any checkout; `recorded` ones add the tokenizer and the raw camera frames where the full recordings are at hand.
+Recordings are restored from the reduced ones in tests/golden/; where the unreduced ones are at hand, stages are compared with those as well.
 
 Why some tolerances are measured. What was asked is a relative L2 distance of 1e-4 per stage and 0.5 % of the joint range for actions. The
 networks behind the recordings have random weights. One of them (so100_dualcam) is a chaotic map once integrated over 2 or more steps: a
@@ -18,13 +18,14 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from golden.reduce import CASES, PROMPTS, STEPS
-from golden_cases import Golden, load_case, matrix_library_is_regular, reduced, relative_error, run_stages
+from golden.restore import SHARED
+from golden_cases import CASES, PROMPTS, STEPS, Golden, load_case, matrix_library_is_regular, relative_error, run_stages
 from random_networks import load_network
 from torch import Tensor
 
@@ -56,8 +57,8 @@ each_case = pytest.mark.parametrize("golden", EVERY, indirect=True, ids="-".join
 
 
 @pytest.fixture(scope="module")
-def reduced_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {case: reduced(case, tmp_path_factory.mktemp(case)) for case in CASES}
+def restored(restored_dir: Callable[[str], Path]) -> Path:
+    return restored_dir("golden")
 
 
 @functools.cache
@@ -66,25 +67,25 @@ def _network(checkpoint: Path) -> Gr00t:
 
 
 @functools.cache
-def _stages(checkpoint: Path, case: str, style: str, shared: Path | None):
-    golden = load_case(case, style, checkpoint, shared)
+def _stages(directory: Path, style: str):
+    golden = load_case(directory, style)
     return run_stages(_network(golden.checkpoint), golden.inputs, golden.noise)
 
 
-@pytest.fixture(scope="module", params=["reduced", "recorded"])
-def shared_or_none(request: pytest.FixtureRequest) -> Path | None:
-    return request.getfixturevalue("shared_dir") if request.param == "recorded" else None
+@pytest.fixture(scope="module", params=["restored", "recorded"] if SHARED.is_dir() else ["restored"])
+def recordings(request: pytest.FixtureRequest, restored: Path) -> Path:
+    return SHARED / "golden" if request.param == "recorded" else restored
 
 
 @pytest.fixture
-def golden(request: pytest.FixtureRequest, reduced_checkpoints: dict[str, Path], shared_or_none: Path | None) -> Golden:
+def golden(request: pytest.FixtureRequest, recordings: Path) -> Golden:
     case, style = request.param
-    return load_case(case, style, reduced_checkpoints[case], shared_or_none)
+    return load_case(recordings / case, style)
 
 
 @pytest.fixture
-def ours(golden: Golden, reduced_checkpoints: dict[str, Path], shared_or_none: Path | None):
-    return _stages(reduced_checkpoints[golden.case], golden.case, golden.style, shared_or_none)
+def ours(golden: Golden, recordings: Path):
+    return _stages(recordings / golden.case, golden.style)
 
 
 # --- how well a case is conditioned --------------------------------------------------------------------------------------------------
@@ -114,10 +115,10 @@ def _nearly_equal_runs(model: Gr00t, golden: Golden, steps: int, precision: torc
 
 
 @functools.cache
-def _floors(checkpoint: Path, case: str, style: str, steps: int, precision: torch.dtype = torch.float32) -> tuple[float, float]:
+def _floors(directory: Path, style: str, steps: int, precision: torch.dtype = torch.float32) -> tuple[float, float]:
     """How far equally right results lie apart: relative L2 of all actions; largest change of an arm's action as a part of the joint range."""
-    golden = load_case(case, style, checkpoint, None)
-    runs = _nearly_equal_runs(load_network(checkpoint), golden, steps, precision)
+    golden = load_case(directory, style)
+    runs = _nearly_equal_runs(load_network(golden.checkpoint), golden, steps, precision)
     pairs = list(itertools.combinations(runs, 2))
     apart = torch.tensor([relative_error(a, b) for a, b in pairs])
     ranged = torch.tensor([float((a - b)[..., :6].abs().max()) / 2 for a, b in pairs])  # normalised actions span 2
@@ -125,11 +126,9 @@ def _floors(checkpoint: Path, case: str, style: str, steps: int, precision: torc
 
 
 @pytest.mark.parametrize(("case", "style", "steps"), EVERY_STEPS)
-def test_the_tolerance_is_what_was_asked_wherever_that_can_be_reached(
-    reduced_checkpoints: dict[str, Path], case: str, style: str, steps: int
-) -> None:
-    relative, ranged = _floors(reduced_checkpoints[case], case, style, steps)
-    in_float64, _ = _floors(reduced_checkpoints[case], case, style, steps, torch.float64)
+def test_the_tolerance_is_what_was_asked_wherever_that_can_be_reached(restored: Path, case: str, style: str, steps: int) -> None:
+    relative, ranged = _floors(restored / case, style, steps)
+    in_float64, _ = _floors(restored / case, style, steps, torch.float64)
     assert relative < 4 * in_float64, "the network loses precision of its own, besides what it makes of its inputs' rounding"
     if (case, steps) in WELL_CONDITIONED:
         assert relative <= ASKED
@@ -146,15 +145,15 @@ def _tolerance(floor: float, asked: float) -> float:
 
 @each_case
 def test_features(golden: Golden, ours) -> None:
-    assert relative_error(ours.vision[:, :: golden.vision_stride], golden.vision_features) < FEATURES
-    assert relative_error(ours.backbone[:, golden.rows], golden.backbone_features) < FEATURES
-    assert relative_error(ours.vl[:, golden.rows], golden.vl_features) < FEATURES
+    assert relative_error(ours.vision, golden.vision_features) < FEATURES
+    assert relative_error(ours.backbone, golden.backbone_features) < FEATURES
+    assert relative_error(ours.vl, golden.vl_features) < FEATURES
 
 
 @pytest.mark.parametrize("steps", STEPS)
 @each_case
-def test_action_pred(golden: Golden, ours, reduced_checkpoints: dict[str, Path], steps: int) -> None:
-    floor, _ = _floors(reduced_checkpoints[golden.case], golden.case, golden.style, steps)
+def test_action_pred(golden: Golden, ours, restored: Path, steps: int) -> None:
+    floor, _ = _floors(restored / golden.case, golden.style, steps)
     assert relative_error(ours.actions[steps], golden.action_pred(steps)) <= _tolerance(floor, ASKED)
 
 
@@ -183,7 +182,7 @@ def test_the_engine_fused_agrees_with_eager_at_every_stage(golden: Golden, form:
 
 
 @each_case
-def test_velocities_given_the_recorded_actions(golden: Golden, reduced_checkpoints: dict[str, Path], ours) -> None:
+def test_velocities_given_the_recorded_actions(golden: Golden, ours) -> None:
     """One evaluation each, from where the reference was: at time 0 (N = 1), and at time 1/2 (N = 2), where the first step is known from N = 1."""
     head, inputs = _network(golden.checkpoint).head, golden.inputs
     first = golden.action_pred(1) - golden.noise
@@ -246,35 +245,35 @@ _MADE = [made for made in itertools.product(_MISTAKES, CASES, STEPS) if made[0] 
 
 
 @pytest.mark.parametrize(("mistake", "case", "steps"), _MADE)
-def test_a_mistake_exceeds_the_tolerance(reduced_checkpoints: dict[str, Path], mistake, case: str, steps: int) -> None:
-    golden = load_case(case, "plain", reduced_checkpoints[case], None)
+def test_a_mistake_exceeds_the_tolerance(restored: Path, mistake, case: str, steps: int) -> None:
+    golden = load_case(restored / case, "plain")
     head = _network(golden.checkpoint).head
     with torch.inference_mode():
-        condition = head.condition(_stages(reduced_checkpoints[case], case, "plain", None).vl, golden.inputs.state)
+        condition = head.condition(_stages(restored / case, "plain").vl, golden.inputs.state)
         wrong = head.denoise(golden.noise, condition, mistake(head, steps))
-    floor, _ = _floors(reduced_checkpoints[case], case, "plain", steps)
+    floor, _ = _floors(restored / case, "plain", steps)
     assert relative_error(wrong, golden.action_pred(steps)) > 2 * _tolerance(floor, ASKED)
 
 
-# --- end to end, where the recordings and the tokenizer are at hand ------------------------------------------------------------------
+# --- end to end ------------------------------------------------------------------
 
 
 @functools.cache
-def _policy(shared: Path, case: str, style: str):
-    paths = {"model_path": shared / "golden" / case / "checkpoint", "processor_path": shared / "eagle2_hg_model"}
-    return load_policy(**paths, data_config=case, device="cpu", precision="fp32", prompt_style=style)
+def _policy(directory: Path, tokenizer: Path, style: str):
+    paths = {"model_path": directory / "checkpoint", "processor_path": tokenizer}
+    return load_policy(**paths, data_config=directory.name, device="cpu", precision="fp32", prompt_style=style)
 
 
 @pytest.mark.parametrize(("case", "style"), EVERY)
-def test_prompt_ids(shared_dir: Path, eagle_dir: Path, case: str, style: str) -> None:
-    golden = load_case(case, style, Path(), shared_dir)
+def test_prompt_ids(golden_dir: Path, eagle_dir: Path, case: str, style: str) -> None:
+    golden = load_case(golden_dir / case, style)
     encode = PromptEncoder(PROMPT, find_tokenizer(PROMPT, eagle_dir, Path()), len(CASES[case]), 151669, style)
     assert np.array_equal(encode(str(golden.arrays["annotation.human.task_description"][0]), 256), golden.inputs.input_ids[0].numpy())
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_pixel_values_from_raw_frames(shared_dir: Path, case: str) -> None:
-    golden = load_case(case, "plain", Path(), shared_dir)
+def test_pixel_values_from_raw_frames(golden_dir: Path, case: str) -> None:
+    golden = load_case(golden_dir / case, "plain")
     ours = torch.stack([pixel_values(torch.from_numpy(golden.arrays[key]), 224)[0] for key in DATA_CONFIGS[case].video_keys])
     difference = (ours - golden.inputs.pixel_values[0]).abs() * 127.5  # grey levels
     assert difference.max() <= 1.001
@@ -282,11 +281,11 @@ def test_pixel_values_from_raw_frames(shared_dir: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize(("case", "style"), EVERY)
-def test_applied_transforms_are_the_recorded_inputs(shared_dir: Path, eagle_dir: Path, case: str, style: str) -> None:
-    golden = load_case(case, style, Path(), shared_dir)
+def test_applied_transforms_are_the_recorded_inputs(golden_dir: Path, eagle_dir: Path, case: str, style: str) -> None:
+    golden = load_case(golden_dir / case, style)
     keys = (*DATA_CONFIGS[case].video_keys, *DATA_CONFIGS[case].state_keys, "annotation.human.task_description")
-    ours = _policy(shared_dir, case, style).apply_transforms({key: golden.arrays[key] for key in keys})
-    with np.load(shared_dir / "golden" / case / PROMPTS[style]) as recorded:
+    ours = _policy(golden_dir / case, eagle_dir, style).apply_transforms({key: golden.arrays[key] for key in keys})
+    with np.load(golden_dir / case / PROMPTS[style]) as recorded:
         theirs = {key.removeprefix("in."): recorded[key] for key in recorded if key.startswith("in.")}
     assert ours.keys() == theirs.keys()
     assert {name: tuple(value.shape) for name, value in ours.items()} == {name: value.shape for name, value in theirs.items()}
@@ -296,14 +295,12 @@ def test_applied_transforms_are_the_recorded_inputs(shared_dir: Path, eagle_dir:
 
 
 @pytest.mark.parametrize(("case", "style", "steps"), EVERY_STEPS)
-def test_end_to_end_from_raw_frames(
-    shared_dir: Path, eagle_dir: Path, reduced_checkpoints: dict[str, Path], case: str, style: str, steps: int
-) -> None:
-    golden, policy = load_case(case, style, Path(), shared_dir), _policy(shared_dir, case, style)
+def test_end_to_end_from_raw_frames(golden_dir: Path, eagle_dir: Path, restored: Path, case: str, style: str, steps: int) -> None:
+    golden, policy = load_case(golden_dir / case, style), _policy(golden_dir / case, eagle_dir, style)
     policy.denoising_steps = steps
     keys = (*DATA_CONFIGS[case].video_keys, *DATA_CONFIGS[case].state_keys, "annotation.human.task_description")
     actions = policy.get_action({key: golden.arrays[key] for key in keys}, noise=golden.noise)
-    tolerance = _tolerance(_floors(reduced_checkpoints[case], case, style, steps)[1], ASKED_ACTION)
+    tolerance = _tolerance(_floors(restored / case, style, steps)[1], ASKED_ACTION)
     statistics = policy.metadata.action_statistics
     assert {key.removeprefix("action.") for key in actions} == set(statistics)
     for key, value in actions.items():
@@ -316,12 +313,12 @@ def test_end_to_end_from_raw_frames(
 
 
 @pytest.mark.parametrize(("case", "style"), EVERY)
-def test_bit_identity_to_the_second_reference(reduced_checkpoints: dict[str, Path], case: str, style: str) -> None:
+def test_bit_identity_to_the_second_reference(restored: Path, case: str, style: str) -> None:
     for package in ("transformers", "diffusers", "lerobot"):
         pytest.importorskip(package)
     pytest.importorskip(REFERENCE_HEAD, reason="lerobot has GR00T N1.5's action head up to 0.5 only")
-    golden = load_case(case, style, reduced_checkpoints[case], None)
-    ours, theirs = _stages(reduced_checkpoints[case], case, style, None), _second_reference(golden.checkpoint)
+    golden = load_case(restored / case, style)
+    ours, theirs = _stages(restored / case, style), _second_reference(golden.checkpoint)
     features = ours.backbone.clone()  # the reference's modules may write into what they are given
     pairs = [
         (ours.vision, theirs.encode_vision(golden.inputs.pixel_values[0])),

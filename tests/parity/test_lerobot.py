@@ -1,4 +1,4 @@
-"""Ours against what lerobot's own code makes of checkpoints that its trainer wrote: recordings (golden_lerobot/), and policies that it trains here.
+"""Ours against what lerobot's own code makes of checkpoints that its trainer wrote: recordings (tests/golden/), and policies that it trains here.
 
 fp32. Pictures, ids, state and decoded actions are equal; features, velocities and chunks within 1e-5 relative L2, actions within 0.01 % of the range
 that they span. Other shapes are made by lerobot where GR00T_FAST_LEROBOT names interpreters that have it with its `groot` extra (0.4.4 on Python
@@ -106,11 +106,15 @@ def _stages(model: Gr00t, inputs: PolicyInputs, noise: Tensor) -> dict[str, Tens
     return {"backbone_features": backbone, "vl_features": vl, "state_features": state, "velocity.4": torch.cat(velocities)}
 
 
+@pytest.fixture(scope="module")
+def data_dir(reference_root: Callable[..., Path]) -> Path:
+    """It holds golden_lerobot/ and the tokenizers."""
+    return reference_root("golden_lerobot", "eagle2_hg_model/vocab.json", "qwen3_vl_processor/vocab.json")
+
+
 @pytest.fixture(params=RECORDED)
-def recorded(request: pytest.FixtureRequest, shared_dir: Path) -> Case:
-    if not (shared_dir / "golden_lerobot").is_dir():
-        pytest.skip("no recordings of lerobot's checkpoints")
-    return Case(shared_dir / "golden_lerobot" / request.param, shared_dir)
+def recorded(request: pytest.FixtureRequest, data_dir: Path) -> Case:
+    return Case(data_dir / "golden_lerobot" / request.param, data_dir)
 
 
 def test_recorded(recorded: Case) -> None:
@@ -180,10 +184,10 @@ def _copy(shared: Path, case: str, directory: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_equal_is_refused(name: str, shared_dir: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_equal_is_refused(name: str, data_dir: Path, tmp_path: Path) -> None:
     case, file, dotted, value, named = REFUSED[name]
-    checkpoint = _copy(shared_dir, case, tmp_path)
-    swapped = shared_dir / "golden_lerobot" / "n1d7" / "checkpoint" / f"{PACK_N1D7}.safetensors"
+    checkpoint = _copy(data_dir, case, tmp_path)
+    swapped = data_dir / "golden_lerobot" / "n1d7" / "checkpoint" / f"{PACK_N1D7}.safetensors"
     (checkpoint / "swapped.safetensors").write_bytes(swapped.read_bytes())
     _edit(checkpoint / file, dotted, value)
     with pytest.raises(CheckpointError, match=re.escape(named)):
@@ -192,8 +196,8 @@ def test_what_cannot_be_equal_is_refused(name: str, shared_dir: Path, tmp_path: 
 
 @pytest.mark.parametrize(("case", "file"), [("n1d5", PACK_N1D5), ("n1d7", PACK_N1D7)])
 @pytest.mark.parametrize("change", ["missing", "another value"])
-def test_statistics_are_whole_and_the_same_in_both_files(case: str, file: str, change: str, shared_dir: Path, tmp_path: Path) -> None:
-    checkpoint = _copy(shared_dir, case, tmp_path)
+def test_statistics_are_whole_and_the_same_in_both_files(case: str, file: str, change: str, data_dir: Path, tmp_path: Path) -> None:
+    checkpoint = _copy(data_dir, case, tmp_path)
     statistics = load_file(checkpoint / f"{file}.safetensors")
     if change == "missing":
         del statistics["action.min"]
@@ -229,15 +233,15 @@ SETTINGS: dict[str, tuple[str, str, str, Any, Callable[[Embodiment], Any], Any]]
 }
 
 
-def test_a_setting_that_nothing_reads_is_named_in_a_warning(shared_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    checkpoint = _copy(shared_dir, "n1d7", tmp_path)
+def test_a_setting_that_nothing_reads_is_named_in_a_warning(data_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint = _copy(data_dir, "n1d7", tmp_path)
     _edit(checkpoint / PRE, "steps.3.config.sharpen", True)
     open_checkpoint(checkpoint)
     assert "'sharpen'" in caplog.text
 
 
-def test_an_export_fits_whatever_device_the_policy_was_trained_on(shared_dir: Path, tmp_path: Path) -> None:
-    checkpoint = _copy(shared_dir, "n1d7", tmp_path)
+def test_an_export_fits_whatever_device_the_policy_was_trained_on(data_dir: Path, tmp_path: Path) -> None:
+    checkpoint = _copy(data_dir, "n1d7", tmp_path)
     before = target_of(open_checkpoint(checkpoint), "new_embodiment", None).identity(Digests(tmp_path))
     for file, dotted in ((POLICY, "device"), (PRE, "steps.3.config.device"), (PRE, "steps.4.config.device"), (POST, "steps.1.config.device")):
         _edit(checkpoint / file, dotted, "cuda:7")
@@ -257,18 +261,18 @@ def _edit(file: Path, dotted: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_settings_are_obeyed(name: str, shared_dir: Path, tmp_path: Path) -> None:
+def test_settings_are_obeyed(name: str, data_dir: Path, tmp_path: Path) -> None:
     case, file, dotted, value, decided, expected = SETTINGS[name]
-    checkpoint = _copy(shared_dir, case, tmp_path)
+    checkpoint = _copy(data_dir, case, tmp_path)
     for each, prefix in [(file, "")] if file else [(PRE, "steps.2.config."), (POST, "steps.0.config.")]:
         _edit(checkpoint / each, prefix + dotted, value)
-    before = open_checkpoint(shared_dir / "golden_lerobot" / case / "checkpoint").embodiment("new_embodiment")
+    before = open_checkpoint(data_dir / "golden_lerobot" / case / "checkpoint").embodiment("new_embodiment")
     assert decided(open_checkpoint(checkpoint).embodiment("new_embodiment")) == expected
     assert name in ("no such camera", "rows by mean and deviation") or decided(before) != expected
 
 
-def test_denoising_steps_are_the_policys_and_the_rate_its_data_sets(shared_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = _copy(shared_dir, "n1d7", tmp_path / "checkpoint")
+def test_denoising_steps_are_the_policys_and_the_rate_its_data_sets(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = _copy(data_dir, "n1d7", tmp_path / "checkpoint")
     _edit(checkpoint / POLICY, "num_inference_timesteps", 2)
     opened = open_checkpoint(checkpoint)
     assert opened.config.head.denoising_steps == 2
@@ -281,8 +285,8 @@ def test_denoising_steps_are_the_policys_and_the_rate_its_data_sets(shared_dir: 
     assert "15 Hz" in embodiment.notes[0]
 
 
-def test_tags_and_letterbox_are_the_checkpoints_own(shared_dir: Path, tmp_path: Path) -> None:
-    checkpoint = _copy(shared_dir, "n1d5", tmp_path)
+def test_tags_and_letterbox_are_the_checkpoints_own(data_dir: Path, tmp_path: Path) -> None:
+    checkpoint = _copy(data_dir, "n1d5", tmp_path)
     for file, dotted in ((POLICY, "embodiment_tag"), (PRE, "steps.2.config.embodiment_tag")):
         text = (checkpoint / file).read_text().replace('"embodiment_tag": "new_embodiment"', '"embodiment_tag": "so100"')
         (checkpoint / file).write_text(text)
@@ -295,19 +299,19 @@ def test_tags_and_letterbox_are_the_checkpoints_own(shared_dir: Path, tmp_path: 
         open_checkpoint(checkpoint, letterbox="always")
 
 
-def test_a_run_plays_as_many_actions_as_lerobot_does(shared_dir: Path, tmp_path: Path) -> None:
-    checkpoint = _copy(shared_dir, "n1d5", tmp_path)
+def test_a_run_plays_as_many_actions_as_lerobot_does(data_dir: Path, tmp_path: Path) -> None:
+    checkpoint = _copy(data_dir, "n1d5", tmp_path)
     _edit(checkpoint / POLICY, "n_action_steps", 8)
-    common = {"model_path": str(checkpoint), "processor_path": shared_dir / "eagle2_hg_model", "device": "cpu"}
+    common = {"model_path": str(checkpoint), "processor_path": data_dir / "eagle2_hg_model", "device": "cpu"}
     assert run.load(run.RunConfig(**common)).action_horizon == 8
     assert run.load(run.RunConfig(**common, action_horizon=12)).action_horizon == 12
     assert load_policy(**common).action_horizon == 16, "what lerobot's predict_action_chunk returns"
 
 
-def test_renamed_cameras_keep_their_names_and_the_networks_order(shared_dir: Path, tmp_path: Path) -> None:
+def test_renamed_cameras_keep_their_names_and_the_networks_order(data_dir: Path, tmp_path: Path) -> None:
     """lerobot renames what an observation has, then sorts."""
-    recorded = Case(shared_dir / "golden_lerobot" / "n1d7", shared_dir)
-    checkpoint = _copy(shared_dir, "n1d7", tmp_path)
+    recorded = Case(data_dir / "golden_lerobot" / "n1d7", data_dir)
+    checkpoint = _copy(data_dir, "n1d7", tmp_path)
     renamed = {"observation.images.a": "observation.images.wrist", "observation.images.b": "observation.images.front"}
     _edit(checkpoint / PRE, "steps.0.config.rename_map", renamed)
     policy = load_policy(checkpoint, processor_path=recorded.tokenizer, device="cpu", precision="fp32", engine="eager")
@@ -320,10 +324,10 @@ def test_renamed_cameras_keep_their_names_and_the_networks_order(shared_dir: Pat
     )
 
 
-def test_an_adapter_that_lerobot_trained_is_merged(shared_dir: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_lerobot_trained_is_merged(data_dir: Path, tmp_path: Path) -> None:
     """As peft names what is in lerobot's policy; compared with a checkpoint that has the merged weights."""
-    recorded = Case(shared_dir / "golden_lerobot" / "n1d7", shared_dir)
-    adapter, merged = (_copy(shared_dir, "n1d7", tmp_path / name) for name in ("adapter", "merged"))
+    recorded = Case(data_dir / "golden_lerobot" / "n1d7", data_dir)
+    adapter, merged = (_copy(data_dir, "n1d7", tmp_path / name) for name in ("adapter", "merged"))
     module = "_groot_model.action_head.model.transformer_blocks.0.attn1.to_q"
     weights = load_file(adapter / "model.safetensors")
     rows, columns = weights[f"{module}.weight"].shape
