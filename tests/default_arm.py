@@ -29,6 +29,7 @@ from gr00t_fast.cli import run as run_command
 from gr00t_fast.cli.main import Command
 
 if __name__ == "__main__":  # before the fork, and not in the processes beside a run
+    import lerobot.robots.so_follower  # noqa: F401
     import scservo_sdk  # noqa: F401
 
 REACHED = np.array([25.0, -45.0, 20.0, 45.0, -60.0, 40.0])
