@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
 import re
+import shlex
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,16 +20,18 @@ from benchmarks.scene import Config as StudyConfig
 from gr00t_fast.base.contracts import SO100_JOINTS
 from gr00t_fast.base.errors import ConfigError
 from gr00t_fast.cli.main import main
+from gr00t_fast.cli.run import parse
 from gr00t_fast.evaluation.scene import build_card, card_of, card_path
 from gr00t_fast.robots.calibration import save_calibration
-from gr00t_fast.scene.card import MAX_BYTES, Card, load_card
+from gr00t_fast.scene.card import MAX_BYTES, Card, learn, load_card, with_chance
 from gr00t_fast.scene.look import Look, look
+from gr00t_fast.scene.registration import SIZE, shrunk
 from gr00t_fast.virtual.bus import VirtualBus
 from gr00t_fast.virtual.random_checkpoint import write_random_checkpoint
 from gr00t_fast.virtual.sim.simulation import HOME_DEG
 
 pytest.importorskip("mujoco", reason="needs `pip install 'gr00t_fast[sim]'`")
-NOISE = np.random.default_rng(0).integers(0, 255, (480, 640, 3), np.uint8)
+cv2 = pytest.importorskip("cv2")
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +88,44 @@ def test_a_mistake_is_a_problem_that_names_its_remedy(study: Study, mistake: str
     assert all(word in told(found, "problem") for word in words), found.findings
     assert len([kind for kind, _ in found.findings if kind == "problem"]) == (2 if mistake == "colours" else 1)
     assert all(picture.shape == (240, 960, 3) for picture in found.pictures.values())
+
+
+def blocky(seed: int, size: tuple[int, int] = (640, 480)) -> np.ndarray:
+    """Another scene for each seed."""
+    return cv2.resize(np.random.default_rng(seed).integers(0, 255, (24, 32, 3), np.uint8), size, interpolation=cv2.INTER_NEAREST)
+
+
+def test_what_proves_nothing_is_not_refused(study: Study) -> None:
+    """A card that lacks a camera; episodes that do not agree among themselves; another light on each side of a scene that is nearly grey."""
+    frames, joints = next(study.scenes(1))
+    alone = Card(**vars(study.card) | {"cameras": {"front": study.card.cameras["front"]}})
+    found = look(alone, frames, AS_NAMED, joints)
+    assert "'wrist' cannot be compared" in told(found, "note")
+    assert not told(found, "problem", "warning")
+    assert look(alone, {"cam": frames["front"]}, {"cam": "webcam"}, joints).measures, "a single camera on both sides needs no name"
+    for episodes in (2, 5):
+        varied = with_chance({"front": learn("front", (640, 480), [blocky(n, SIZE) for n in range(episodes)], [])})
+        for live in (0, 100, 101, 102, 103):
+            found = look(Card(**vars(study.card) | {"cameras": varied}), {"front": blocky(live)}, {"front": "front"}, joints)
+            assert "agree among themselves" in told(found, "note")
+            assert not told(found, "problem", "warning")
+
+    def lit(picture: np.ndarray, left: float) -> np.ndarray:
+        across = np.linspace(-left, left, picture.shape[1])[:, None] * np.array([1.0, 0, -1])
+        return np.clip((0.15 * picture + 0.85 * picture.mean(-1, keepdims=True)) * np.exp(across), 0, 255).astype(np.uint8)
+
+    lamp = learn("front", (640, 480), [shrunk(lit(study.film("front", 200 + n), 0.2)) for n in range(4)], [])
+    found = look(Card(**vars(study.card) | {"cameras": {"front": lamp}}), {"front": lit(frames["front"], -0.2)}, {"front": "front"}, joints)
+    assert not told(found, "problem")
+
+
+def test_the_map_of_cameras_can_be_pasted_whatever_their_names(study: Study) -> None:
+    frames, joints = next(study.scenes(1))
+    for front, wrist in (("cam 1", "on"), ("1", "2"), ("a: b", "$(x)"), ("it's", '"q"')):
+        found = look(study.card, {front: frames["wrist"], wrist: frames["front"]}, {front: "front", wrist: "wrist"}, joints)
+        flag = told(found, "problem").partition(" Use ")[2].removesuffix(".")
+        config = parse(["--robot.type=so100_sim", "--model_path=x", "--lang_instruction=Go", *shlex.split(flag)])
+        assert config.camera_map == {front: "wrist", wrist: "front"}, flag
 
 
 def test_a_camera_beside_the_policys_that_shows_what_it_wants(study: Study) -> None:
@@ -144,6 +188,10 @@ def test_the_pose_and_a_camera_that_moves_with_the_arm(study: Study) -> None:
     assert "'wrist' cannot be compared" in told(found, "note")
     assert set(found.measures) == {"front"}
     assert not told(look(study.card, frames, AS_NAMED, HOME_DEG + off, led=True), "warning", "problem")
+    exchanged = {"front": frames["wrist"], "wrist": frames["front"]}
+    for joints in (HOME_DEG + off, None):
+        found = look(study.card, exchanged, AS_NAMED, joints)
+        assert '--camera_map="{front: wrist, wrist: front}"' in told(found, "problem"), "one of the pair is enough to tell"
 
 
 def test_what_cannot_be_compared_is_said(study: Study) -> None:
@@ -261,12 +309,31 @@ def test_what_a_data_set_lacks_is_said(dataset: Path, tmp_path: Path, capsys: py
         assert "Traceback" not in said.err
 
 
-def test_a_file_that_is_no_card_is_refused(tmp_path: Path) -> None:
-    np.savez(tmp_path / "other.npz", a=np.zeros(3))
-    (tmp_path / "text.npz").write_text("no card")
-    for name in ("other.npz", "text.npz"):
+def test_a_file_that_is_no_card_is_refused(study: Study, tmp_path: Path) -> None:
+    study.card.save(tmp_path / "good.npz")
+    good, whole = dict(np.load(tmp_path / "good.npz")), (tmp_path / "good.npz").read_bytes()
+
+    def with_facts(**changed: object) -> dict:
+        facts = json.loads(str(good["facts"]))
+        facts["cameras"][0] |= changed
+        return good | {"facts": np.array(json.dumps(facts))}
+
+    huge = io.BytesIO()
+    np.lib.format.write_array_header_1_0(huge, {"descr": "<f8", "fortran_order": False, "shape": (10**12,)})
+    with zipfile.ZipFile(tmp_path / "huge.npz", "w") as file:
+        file.writestr("facts.npy", huge.getvalue())
+    damaged = {"text": b"no card", "empty": b"", "half": whole[:1000], "holes": whole[:3000] + bytes(600) + whole[3600:]}
+    damaged |= {"large": bytes(MAX_BYTES + 1), "pickle": pickle.dumps(good)}
+    wrong = {"other": {"a": np.zeros(3)}, "size": with_facts(size=[0, 0]), "names": with_facts(size="ab"), "chance": with_facts(chance=None)}
+    wrong |= {"varies": with_facts(varies=[1]), "less": with_facts(varies={"light": 1.0}), "nan": with_facts(varies={"shift": np.nan, "score": 1})}
+    wrong |= {"objects": good | {"begin": np.array([{}] * 6)}, "deep": good | {"facts": np.array("[" * 20000)}}
+    for name, content in damaged.items():
+        (tmp_path / f"{name}.npz").write_bytes(content)
+    for name, arrays in wrong.items():
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+    for name in ("huge", *damaged, *wrong):
         with pytest.raises(ConfigError, match="gr00t-fast scene"):
-            card_of(tmp_path / name, SO100_JOINTS, print)
+            card_of(tmp_path / f"{name}.npz", SO100_JOINTS, print)
     with pytest.raises(ConfigError, match="nothing is there"):
         card_of(tmp_path / "missing.npz", SO100_JOINTS, print)
 

@@ -47,14 +47,14 @@ class AlignPage(WebPage):
 
     def see(self, frames: Mapping[str, np.ndarray]) -> None:
         """The newest pictures, uint8 RGB."""
-        trained = {name: of_policy(self._card, policy) for name, policy in self._map.items()}
+        trained = {name: of_policy(self._card, policy, len(self._map) == 1) for name, policy in self._map.items()}
         self.show({**frames, **{name + _GHOST: camera.median for name, camera in trained.items() if camera is not None}})
 
     def judge(self, found: Look) -> None:
         """What a look has said."""
         for name, policy in self._map.items():
             told = [text for kind, text in found.findings if f"'{name}'" in text and kind != "note"]
-            seen, trained = found.measures.get(name), of_policy(self._card, policy)
+            seen, trained = found.measures.get(name), of_policy(self._card, policy, len(self._map) == 1)
             if seen is None or trained is None:
                 self._off[name], self._colour[name] = "cannot be compared", "#455a64"
                 self._ways[name] = "\n".join(told or [text for _, text in found.findings if f"'{name}'" in text])

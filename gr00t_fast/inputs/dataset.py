@@ -498,6 +498,6 @@ class RecordedPictures:
                         found: np.ndarray = decoded.to_ndarray(format="rgb24")
                         return found
             raise ValueError("the video ends before")
-        except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, av.FFmpegError) as error:  # of PyAV's errors some are neither
             why = f"{type(error).__name__}: {str(error)[:80]}"
             raise ConfigError(f"{self._path}: frame {frame} of episode {episode}, camera '{camera}', cannot be decoded ({why}). {_MEND}") from error

@@ -93,6 +93,8 @@ def load_card(path: Path) -> Card:
     import cv2
 
     try:
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise ValueError(f"{size} bytes")
         with np.load(path, allow_pickle=False) as file:
             facts = json.loads(str(file["facts"]))
             if facts.pop("version") != VERSION:
@@ -103,11 +105,15 @@ def load_card(path: Path) -> Card:
                 steady = cv2.imdecode(file[f"steady{number}"], cv2.IMREAD_GRAYSCALE) > 0
                 if median.shape != (*SIZE[::-1], 3) or steady.shape != SIZE[::-1]:
                     raise ValueError(f"a picture of {median.shape}")
-                told["size"] = tuple(told["size"])
+                told |= {"size": tuple(map(int, told["size"])), "chance": float(told["chance"])}
+                told["varies"] = {measure: float(value) for measure, value in told["varies"].items()}
+                figures, known = [told["chance"], *told["varies"].values()], not told["varies"] or {"shift", "score"} <= told["varies"].keys()
+                if len(told["size"]) != 2 or min(told["size"]) < 1 or not (known and np.isfinite(figures).all()):
+                    raise ValueError(f"camera '{told['name']}' has figures that cannot be")
                 cameras[told["name"]] = Trained(median=np.ascontiguousarray(median), steady=steady, **told)
             arrays = {name: np.asarray(file[name], np.float64) for name in ("begin", "begin_spread", "fastest_units_s", "rest_offset")}
             card = Card(**facts | {name: tuple(facts[name]) for name in ("joints", "notes")}, cameras=cameras, **arrays)
-    except (OSError, ValueError, KeyError, TypeError, cv2.error, AttributeError) as error:
+    except Exception as error:  # the readers of zip, npy, JSON and PNG raise many kinds for a file that is damaged
         why = f"{type(error).__name__}: {str(error)[:80]}"
         raise ConfigError(f"{path} is no scene card of this version ({why}). Make one: gr00t-fast scene --dataset=DIR --out={path}") from error
     if any(array.shape != (len(card.joints),) or not np.isfinite(array).all() for array in arrays.values()):

@@ -6,6 +6,8 @@ Nothing is refused for want of evidence. Axis alphabet: J joints, H and W height
 
 from __future__ import annotations
 
+import math
+import shlex
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -31,12 +33,15 @@ _MUCH_LIGHT, _MUCH_COLOUR, _MUCH_COVERED, _MUCH_BLUR = (
     0.2,
 )  # from here on a warning, not a note
 _SURE = 0.3  # of the way from the score of chance to that of an episode: from here on it is the same scene
+_SURER = 0.7  # the same of a camera whose own place could not be looked at
 _MARGIN = 0.15  # by so much must another order of the cameras, or a turned picture, agree better
 _ALIEN, _SOME = 0.1, 0.15  # another scene: no more than so much above chance, and a smaller share of the blocks the same
+_APART = 0.2  # by so much must episodes agree better than chance, or nothing can be told by them
 _BLACK, _BLIND = 12, 0.1  # mean level of 255, usable share: less shows nothing
 _POSE_DEG = 5.0  # from where episodes begin, beyond what they vary by
 _MOUNTED_DEG = 2.0  # the same for a camera that moves with the arm: more, and its picture is another one
 _ASPECT = 0.02
+_WIDE = 24.0  # pixels: colours that vary over more are those of the light
 _LEAST_AREA = 0.25  # of a picture that was zoomed
 _TURNS = {90: ("turned a quarter", -90), 180: ("upside down", 180), 270: ("turned a quarter", 90)}  # clockwise; lerobot's way back
 
@@ -74,8 +79,9 @@ def look(card: Card, frames: Mapping[str, np.ndarray], camera_map: Mapping[str, 
         away = np.maximum(np.abs(joints - card.begin) - card.begin_spread, 0)
         found.findings += _pose(card, joints, away, led)
     views, judged = dict[str, View](), dict[str, Trained]()
-    for robot in [name for name in frames if name in camera_map] or frames:
-        camera = of_policy(card, camera_map.get(robot, robot))
+    robots = [name for name in frames if name in camera_map] or list(frames)
+    for robot in robots:
+        camera = of_policy(card, camera_map.get(robot, robot), len(robots) == 1)
         if why := _unfit(card, camera, frames[robot], away):
             found.findings.append(("note", f"camera '{robot}' cannot be compared with the recordings: {why}."))
         elif camera is not None:
@@ -83,7 +89,7 @@ def look(card: Card, frames: Mapping[str, np.ndarray], camera_map: Mapping[str, 
     pool = ThreadPoolExecutor(2)  # OpenCV lets other threads run meanwhile
     places = dict(zip(((robot, robot) for robot in judged), pool.map(_best, judged.values(), views.values()), strict=True))
     slots = [robot for robot in judged if places[robot, robot][0].score <= 1 - _MARGIN]
-    asked = [robot for robot in frames if robot in slots or robot not in camera_map] if slots else []
+    asked = [robot for robot in frames if robot in slots or robot not in judged] if slots else []  # also one that cannot be judged at its own place
     others = {robot: views.get(robot) or View.of(shrunk(frames[robot])) for robot in asked}
     pairs = [(robot, slot) for robot in others for slot in slots if robot != slot]
     places |= zip(pairs, pool.map(lambda pair: _best(judged[pair[1]], others[pair[0]]), pairs), strict=True)
@@ -97,17 +103,27 @@ def look(card: Card, frames: Mapping[str, np.ndarray], camera_map: Mapping[str, 
         right = {robot: policy for robot, policy in camera_map.items() if robot not in {*moved, *moved.values()}}
         new = {robot: camera_map.get(slot, slot) for slot, robot in moved.items()}
         which = ", ".join(f"'{robot}' shows what the policy knows as '{new[robot]}'" for robot in frames if robot in new)
-        whole = ", ".join(f"{robot}: {(right | new)[robot]}" for robot in frames if robot in right | new)
-        found.findings.append(("problem", f'cameras are exchanged: {which}. Use --camera_map="{{{whole}}}".'))
+        left = [camera_map[robot] for robot in new if robot in camera_map and camera_map[robot] not in new.values()]
+        new |= zip([slot for slot in moved if slot not in new], left, strict=False)  # of a pair of which one alone could be judged
+        whole = {robot: (right | new)[robot] for robot in frames if robot in right | new}
+        found.findings.append(("problem", f"cameras are exchanged: {which}. Use {_camera_map_flag(whole)}."))
     found.findings.sort(key=lambda each: ("problem", "warning", "note").index(each[0]))
     return found
 
 
-def of_policy(card: Card, name: str) -> Trained | None:
-    """The data set's camera that the policy calls `name`."""
+def of_policy(card: Card, name: str, alone: bool) -> Trained | None:
+    """The data set's camera that the policy calls `name`. alone: the robot has no other one, and a single camera on both sides needs no name."""
     cameras = list(card.cameras.values())
     named = [camera for camera in cameras if camera.policy == name] + [camera for camera in cameras if camera.name == name]
-    return next(iter(named or (cameras if len(cameras) == 1 else ())), None)
+    return next(iter(named or (cameras if alone and len(cameras) == 1 else ())), None)
+
+
+def _camera_map_flag(names: Mapping[str, str]) -> str:
+    """As it can be pasted into a shell: YAML and the shell each read some characters as their own."""
+    import yaml
+
+    text = yaml.safe_dump(dict(names), default_flow_style=True, width=math.inf, allow_unicode=True, sort_keys=False).strip()
+    return "--camera_map=" + (shlex.quote(text) if set(text) & set('"$`\\!') else f'"{text}"')
 
 
 def _unfit(card: Card, camera: Trained | None, frame: np.ndarray, away: np.ndarray | None) -> str:
@@ -121,6 +137,8 @@ def _unfit(card: Card, camera: Trained | None, frame: np.ndarray, away: np.ndarr
         return f"it moves during the recordings, and {off}: move the arm to where they begin, and look again"
     if agreement(camera.view, camera.view, IDENTITY)[1].sum() < LEAST_BLOCKS:
         return "nearly all of its picture varies from episode to episode, or is plain"
+    if camera.varies.get("score", 1.0) < camera.chance + _APART:
+        return "its episodes agree among themselves hardly better than with a picture turned over: it was moved between them, or they vary"
     return ""
 
 
@@ -143,9 +161,9 @@ def _best(trained: Trained, live: View) -> list[Place]:
     return sorted(found.values(), key=lambda each: -each.score)
 
 
-def _sure(trained: Trained) -> float:
+def _sure(trained: Trained, share: float = _SURE) -> float:
     """The score from which on a picture is certainly of this camera's scene."""
-    return trained.chance + _SURE * (trained.varies.get("score", 1.0) - trained.chance)
+    return trained.chance + share * (trained.varies.get("score", 1.0) - trained.chance)
 
 
 def _exchanged(places: Mapping[tuple[str, str], list[Place]], judged: Mapping[str, Trained], slots: list[str], robots: list[str]) -> dict[str, str]:
@@ -153,7 +171,8 @@ def _exchanged(places: Mapping[tuple[str, str], list[Place]], judged: Mapping[st
     orders = [dict(zip(slots, order, strict=True)) for order in permutations(robots, len(slots))]
     best = max(orders, key=lambda order: sum(places[robot, slot][0].score for slot, robot in order.items()))
     moved = {slot: robot for slot, robot in best.items() if slot != robot}
-    least = {slot: max(places[slot, slot][0].score + _MARGIN, _sure(judged[slot])) for slot in moved}
+    sure = {slot: _sure(judged[slot], _SURE if robot in judged else _SURER) for slot, robot in moved.items()}
+    least = {slot: max(places[slot, slot][0].score + _MARGIN, sure[slot]) for slot in moved}
     return moved if all(places[robot, slot][0].score > least[slot] for slot, robot in moved.items()) else {}
 
 
@@ -257,11 +276,12 @@ def _colours_exchanged(trained: Trained, live: View, place: np.ndarray) -> bool:
     both = trained.view.usable & warped(live.usable, place)
     upon = warped(live.picture, place)
     both &= blurred(((upon > 8) & (upon < 245)).all(-1), 2) > 0.95
-    one, other = (blurred(np.log(each.astype(np.float32) + 8), 2)[both] for each in (trained.median, upon))
-    if len(one) < 0.3 * trained.view.usable.sum():  # in a glaring light only grey things keep their colours
+    if both.sum() < 0.3 * trained.view.usable.sum():  # in a glaring light only grey things keep their colours
         return False
-    ratio, live_ratio = one[:, 0] - one[:, 2], other[:, 0] - other[:, 2]
-    return float(ratio.std()) > 0.05 and float(np.corrcoef(ratio, live_ratio)[0, 1]) < -0.15
+    ratios = [blurred(log[..., 0] - log[..., 2], 2) for log in (np.log(each.astype(np.float32) + 8) for each in (trained.median, upon))]
+    fine = [ratio - blurred(ratio, _WIDE) for ratio in ratios]  # without lamps and windows that colour one side of the picture
+    pairs = [(one[both], other[both]) for one, other in (ratios, fine)]
+    return all(float(one.std()) > 0.05 and float(np.corrcoef(one, other)[0, 1]) < -0.15 for one, other in pairs)
 
 
 def _pose(card: Card, joints: np.ndarray, away: np.ndarray, led: bool) -> Iterator[Finding]:
