@@ -20,6 +20,7 @@ from control_fakes import Bench
 from gr00t_fast.base import signals
 from gr00t_fast.base.contracts import SO100_JOINTS, Observation
 from gr00t_fast.base.errors import ArmAwayError, ConfigError
+from gr00t_fast.base.keyboard import RIGHT
 from gr00t_fast.base.signals import StopRequested, StopSignals
 from gr00t_fast.control.modes import Mode
 from gr00t_fast.control.trace import TickRecord
@@ -33,6 +34,7 @@ from websockets.sync.client import connect
 
 from gr00t_fast.record.page import DEFAULT_PORT, HERE, PageAddress, PageFacts, PageNote, PageView, listen, page_address
 from gr00t_fast.record.page_server import PageServer, Rate, bars
+from gr00t_fast.record.session import Session
 from gr00t_fast.record.web import WebPage
 
 SOCKET = "/_nicegui_ws/socket.io/?EIO=4&transport=websocket"
@@ -47,7 +49,7 @@ def tick(number: int, **named: Any) -> TickRecord:
     target = np.zeros(6)
     known = {"episode": 0, "time_s": number / 30, "inference_ms": 40.0, "stood": False, "age_ticks": 1, "underrun": False}
     known |= {"tick_error_ms": 0.1, "inferences": 1, "missed_ticks": 0}
-    return TickRecord(number=number, target=target, commanded=target, ahead=np.ones((4, 6)), **{**known, **named})
+    return TickRecord(number=number, target=target, commanded=target, **{"ahead": np.ones((4, 6)), **known, **named})
 
 
 @contextlib.contextmanager
@@ -325,8 +327,33 @@ def test_a_blinded_trial_shows_its_name_and_nothing_that_tells_its_setting() -> 
         seen = []
         for mode, inference_ms, left in ((Mode.PLAY, 40.0, 4), (Mode.HOLD, 900.0, 0)):
             record = replace(tick(3), inference_ms=inference_ms, ahead=np.ones((left, 6)), underrun=mode is Mode.HOLD)
-            made.add(Observation(np.zeros(6), {}, 0.0), PageNote((record,), mode, "go", "", ()))
+            made.add(Observation(np.zeros(6), {}, 0.0), PageNote((record,), mode, f"go in {inference_ms} ms", "", ()))
             seen.append({name: value for name, value in vars(made.state).items()})
         WebPage.__exit__(made)
     assert seen[0] == seen[1]
     assert seen[0]["facts"] == "trial 7 of 40"
+
+
+def test_a_double_click_counts_once() -> None:
+    """A second "next" would end the pause in which hands are in the scene."""
+    pressed, now_s = [[("key", RIGHT)], [("key", RIGHT)], [("key", RIGHT)]], [0.0]
+    page = type("Pressed", (), {"poll": lambda self: pressed.pop(0)})()
+    session = Session(StopSignals(), echo=lambda line: None, now_s=lambda: now_s[0], page=page)
+    ended = []
+    for now_s[0] in (0.0, 0.2, 1.5):
+        session.over = False
+        session.poll()
+        ended.append(session.over)
+    assert ended == [True, False, True]
+
+
+def test_ticks_at_200_hz_fit_into_a_note() -> None:
+    """With as many rows ahead as the loop shows."""
+    with shown() as page:
+        time.sleep(0.2)
+        page.see(Observation(np.zeros(6), FRAMES, 0.0), tick(0), Mode.PLAY)
+        for number in range(1, 31):
+            page.see(Observation(np.zeros(6), FRAMES, 0.0), tick(number, ahead=np.ones((64, 6))), Mode.PLAY)
+        time.sleep(0.2)
+        page.see(Observation(np.zeros(6), FRAMES, 0.0), tick(31), Mode.PLAY)
+        assert page.sink.dropped == 0

@@ -147,7 +147,7 @@ class PageView(View):
     def wait_until_ready(self) -> None:
         """Before the arm is connected. Raises ConfigError where no page comes: its STOP was asked for."""
         if not self.sink.wait(_START_S) or not self.sink.running:
-            why = self.warnings[-1].removeprefix("--page: ") if self.warnings else f"it has not started within {_START_S:.0f} s"
+            why = self.warnings[-1].removeprefix("--page: ") if self.warnings else f"it has not started within {_START_S:.0f} s."
             raise ConfigError(f"--page cannot be shown: {why} Leave --page out, or mend that.")
         self._show_address(f"page: {self.url}")
         if self._opens and desktop_obstacle() is None:
@@ -174,7 +174,9 @@ class PageView(View):
 
     def see(self, observation: Observation, tick: TickRecord | None = None, mode: Mode = Mode.HOLD) -> None:
         """Handed on ten times a second, and when the mode changes: every message wakes a process beside the loop."""
-        self._ticks += [] if tick is None else [tick]
+        if tick is not None:  # the rows that are left are drawn of the newest alone; at 200 Hz all of them would not fit into a note
+            self._ticks[-1:] = [replace(each, ahead=each.ahead[:0]) for each in self._ticks[-1:]]
+            self._ticks.append(tick)
         now_s = time.monotonic()
         if now_s - self._put_s < _PUT_S - 0.01 and mode is self._mode:
             return

@@ -102,7 +102,7 @@ class PageServer(WebPage):
         playing = bool(self._facts.trial) and note.mode in (Mode.HOLD, Mode.PLAY)  # which of both would tell the setting
         mode = Mode.PLAY if playing else note.mode
         state.headline, state.colour = mode.name.replace("_", " ").lower(), _COLOURS.get(mode, "#455a64")
-        state.why, state.instruction = "the trial goes on" if playing else self._why(note), note.instruction
+        state.why, state.instruction = "the trial goes on" if playing else self._why(note), "" if self._facts.trial else note.instruction
         state.facts = self._clock(note)
         shown = self._tick if note.ticks and not self._facts.trial else None
         state.bars = bars(self._facts.joints, self._facts.unit, self._low, self._high, observation.joints, shown)

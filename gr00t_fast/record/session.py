@@ -66,13 +66,16 @@ class Session:
     def poll(self) -> None:
         """Take note of what was pressed."""
         for what, value in self._page.poll() if self._page is not None else ():
-            self._pressed(value) if what == "key" else self._instruct(value)
+            if what == "instruction":
+                self._instruct(value)
+            elif not self._repeated(value):  # a double click on next would end the pause after the episode, too
+                self._pressed(value)
         for key in self._keys.poll() if self._keys is not None else ():
-            now_s = self._now_s()
-            repeated = self._typed is None and key == self._last_key and now_s - self._last_key_s < _REPEAT_S
-            self._last_key, self._last_key_s = key, now_s
-            if not repeated:
-                self._pressed(key) if self._typed is None else self._type(key, self._typed)
+            repeated = self._repeated(key)
+            if self._typed is not None:
+                self._type(key, self._typed)
+            elif not repeated:
+                self._pressed(key)
 
     def end(self, ended_by: str, solved: bool | None) -> None:
         """The episode's last tick has been. `solved` as far as the arm can tell; what the person said counts more."""
@@ -126,6 +129,11 @@ class Session:
             self._stop.request(self._recorder.failure, _EXIT_CODE)
 
     # Keys
+
+    def _repeated(self, key: str) -> bool:
+        now_s, before, before_s = self._now_s(), self._last_key, self._last_key_s
+        self._last_key, self._last_key_s = key, now_s
+        return key == before and now_s - before_s < _REPEAT_S
 
     def _pressed(self, key: str) -> None:
         if key == SPACE:
