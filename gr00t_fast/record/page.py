@@ -33,7 +33,7 @@ COMPARED = " as recorded, now, difference"  # behind a camera's name
 _PUT_S = 0.1  # between two pictures of a camera
 _START_S, _FINISH_S = 30.0, 5.0  # to start: on a slow disk or a busy machine; the arm is not powered yet
 _MOST_WAITING = 50  # calls that the page has not answered: beyond, it hangs and is told no more words
-_PATIENT_LINES = 200
+_PATIENT_LINES, _LONGEST_LINE = 100, 400  # that wait for a page that takes nothing: all fit into a message
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,8 @@ class PageView(View):
         """`say`, and the page shows the line too."""
 
         def both(line: str) -> None:
-            self._said = [*self._said, line.strip()][-_PATIENT_LINES:]
+            shown = line.strip()[:_LONGEST_LINE].encode("utf-8", "replace").decode()  # a path may hold bytes that are no text
+            self._said = [*self._said, shown][-_PATIENT_LINES:]
             say(line)
 
         return both

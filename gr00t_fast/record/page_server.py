@@ -193,7 +193,7 @@ class PageServer(WebPage):
             pause.set_text("go on" if state.paused else "pause")
             stop.set_text("STOP AGAIN: LET GO, THE ARM FALLS" if state.lowering else "STOP")
             for part in (controls, next_instruction):
-                part.set_visibility(not state.over)
+                part.set_visibility(not state.over and not (facts.trial and part is next_instruction))
             if state.over and ui.context.client.id not in self._drawn:
                 ui.run_javascript("document.getElementById('popup').style.display = 'none'")  # "connection lost": it is not, the run has ended
                 self._drawn.add(ui.context.client.id)
@@ -207,7 +207,7 @@ class PageServer(WebPage):
         )
 
     def _instruct(self, field: Any) -> None:
-        self._tell("instruction", str(field.value)[:_LONGEST_INSTRUCTION])
+        self._tell("instruction", str(field.value)[:_LONGEST_INSTRUCTION].encode("utf-8", "ignore").decode())  # half a character is none
         field.set_value("")
 
 

@@ -7,6 +7,7 @@ alone can change anything: requests other than GET, from other sites, under fore
 from __future__ import annotations
 
 import contextlib
+import functools
 import html
 import secrets
 import socket
@@ -209,11 +210,17 @@ def _figure(camera: str) -> str:
     return f'<figure><img alt="{name}" data-url="{url}"><figcaption>{name}</figcaption></figure>'
 
 
+@functools.cache
+def _token() -> str:
+    """One for the program: a study has a page for each trial, and who was let in once stays in."""
+    return secrets.token_urlsafe(16)
+
+
 def names_of(sock: socket.socket) -> tuple[tuple[str, ...], str, str]:
     """Of a socket that listens: what a browser may call this machine, the token that it needs or "", and the address to open."""
     host, port = sock.getsockname()[:2]
     local = host in (HERE, "::1")
-    token = "" if local else secrets.token_urlsafe(16)
+    token = "" if local else _token()
     names = (HERE, "localhost", "::1") if local else (socket.gethostname(), f"{socket.gethostname()}.local")
     return names, token, f"http://{_shown(host)}:{port}/" + (f"?token={token}" if token else "")
 
