@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +54,17 @@ class Displaced:
 
 
 def displacements() -> dict[str, Displaced]:
+    moved = ("right", "left"), ("up", "down"), ("back", "forward")
+    turned = ("up", "down"), ("left", "right"), ("counterclockwise", "clockwise")
     found = {}
-    for axis, words in enumerate((("right", "left"), ("up", "down"), ("back", "forward"))):
-        for sign, word in zip((1, -1), words, strict=True):
-            for metres in (0.003, 0.01, 0.03, 0.1):
-                move = [0.0] * 3
-                move[axis] = sign * metres
-                found[f"{1000 * metres:g} mm {word}"] = Displaced(move_m=tuple(move))
-    for axis, words in enumerate((("up", "down"), ("left", "right"), ("counterclockwise", "clockwise"))):
-        for sign, word in zip((1, -1), words, strict=True):
-            for degrees in (0.5, 1.0, 5.0, 15.0):
-                turn = [0.0] * 3
-                turn[axis] = sign * degrees
-                found[f"{degrees:g} deg {word}"] = Displaced(turn_deg=tuple(turn))
+    for kind, axes, sizes, unit, per_unit in (
+        ("move_m", moved, (3, 10, 30, 100), "mm", 0.001),
+        ("turn_deg", turned, (0.5, 1.0, 5.0, 15.0), "deg", 1.0),
+    ):
+        for (axis, words), (side, sign), size in product(enumerate(axes), enumerate((1, -1)), sizes):
+            value = [0.0] * 3
+            value[axis] = sign * size * per_unit
+            found[f"{size:g} {unit} {words[side]}"] = Displaced(**{kind: tuple(value)})
     return found | {f"zoom {zoom:g}": Displaced(zoom=zoom) for zoom in (0.9, 0.97, 1.03, 1.1)}
 
 

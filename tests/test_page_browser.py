@@ -296,5 +296,9 @@ def test_a_camera_that_is_turned_as_the_page_says_becomes_green(browser: WebDriv
         assert numbers[-1] < 0.2 * numbers[0]
         assert np.abs(turned).max() < 0.5
         keep(browser, "align_right")
+        virtual_camera.set_state(tmp_path, 0, virtual_camera.READS_HANG)
+        until(lambda: "no picture" in off(), "that the camera is silent", 20.0)
+        virtual_camera.set_state(tmp_path, 0, virtual_camera.RUNNING)
+        until(lambda: "pixels off" in off(), "that it is back", 20.0)
         button(browser, "DONE").click()
         assert run.wait(30) == 0, "".join(run.lines)

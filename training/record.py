@@ -33,11 +33,10 @@ from gr00t_fast.base.signals import StopSignals
 from gr00t_fast.cli.main import Command
 from gr00t_fast.record.recorder import MODALITY, features, modality_of
 from gr00t_fast.virtual.sim.expert import expert
-from gr00t_fast.virtual.sim.scene import GRIPPER, Task
+from gr00t_fast.virtual.sim.scene import GRIPPER, INSTRUCTION_OF, Task
 from gr00t_fast.virtual.sim.simulation import FIRST_LAYOUT_SEED, TICK_S, Simulation
 from training.samples import FPS, RESOLUTION
 
-INSTRUCTION_OF = {"reach": "Reach the block", "place": "Place the block in the bowl"}
 _CAMERA = "front"
 _PARTS = {"single_arm": GRIPPER, "gripper": 1}
 

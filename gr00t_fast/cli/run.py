@@ -252,11 +252,12 @@ def drive(
             outputs = Outputs(config.out, views(config, robot, fps, say), config.quiet, config.json, bool(config.blind))
             keys = keys_of_session(config, say)
             session = session_of(stop, keys, recorder, echo=say, page=page)
-            begin = [preflight.connected, outputs.prepare]
-            if card is not None:
-                begin.insert(1, scene_check(config, card, policy, robot, preflight, outputs, led, page))
+            begin = [preflight.connected]
             if page is not None:
-                begin.insert(1, lambda observation: page.connected(robot, observation))
+                begin.append(lambda observation: page.connected(robot, observation))
+            if card is not None:
+                begin.append(scene_check(config, card, policy, robot, preflight, outputs, led, page))
+            begin.append(outputs.prepare)
             if recorder is not None:
                 recorder.set_rate(fps)
                 begin.append(opening(recorder, config, policy, robot, facts))

@@ -23,10 +23,9 @@ from gr00t_fast.record.page import BARE, page_address
 from gr00t_fast.robots import CameraConfig, SimCameraConfig, SO100SimConfig
 from gr00t_fast.virtual.sim.expert import expert
 from gr00t_fast.virtual.sim.rendering import write_video
-from gr00t_fast.virtual.sim.scene import GRIPPER, Task
+from gr00t_fast.virtual.sim.scene import GRIPPER, INSTRUCTION_OF, Task
 from gr00t_fast.virtual.sim.simulation import TICK_S, Simulation
 
-_INSTRUCTION_OF = {"reach": "Reach the block", "place": "Place the block in the bowl"}
 _SCENE_S = 7.0  # on the page; the expert needs up to 4, and the speed limit grows from slow at the start
 _APPROACH_DEG_S = 90.0
 
@@ -75,7 +74,7 @@ class Expert(PlayedRows):
 
     def __init__(self, robot: Any, task: Task, seed: int) -> None:
         """robot: a SimArm."""
-        super().__init__("the scripted expert", _INSTRUCTION_OF[task], 1 / TICK_S, robot, lambda: None, _APPROACH_DEG_S)
+        super().__init__("the scripted expert", INSTRUCTION_OF[task], 1 / TICK_S, robot, lambda: None, _APPROACH_DEG_S)
         self._copy, self._arm, self._seed = Simulation(task, seed), robot, seed
         self._solve()
 
@@ -101,7 +100,7 @@ def show(config: SimConfig) -> int:
     """The expert in real time, scene after scene. Returns the exit code of a run."""
     cameras: dict[str, CameraConfig] = {"front": SimCameraConfig(), "wrist": SimCameraConfig(view="wrist")}
     robot = SO100SimConfig(task=config.task, cameras=cameras)
-    as_run = RunConfig(model_path="the scripted expert", lang_instruction=_INSTRUCTION_OF[config.task], robot=robot, controller="sync")
+    as_run = RunConfig(model_path="the scripted expert", lang_instruction=INSTRUCTION_OF[config.task], robot=robot, controller="sync")
     as_run = replace(as_run, page=config.page, episodes=config.episodes, timeout=_SCENE_S, seed=config.seed, verbose=config.verbose)
     return drive(as_run, lambda arm, stop: Expert(arm, config.task, config.seed), RecordedFacts({}))
 

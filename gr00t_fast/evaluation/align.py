@@ -11,13 +11,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from gr00t_fast.base.errors import CameraError
 from gr00t_fast.record.web import REFRESH_S, WebPage, names_of
 from gr00t_fast.robots import CameraConfig, SimCameraConfig, rendered
 from gr00t_fast.robots import lerobot_glue as glue
 from gr00t_fast.scene.card import Card
 from gr00t_fast.scene.look import ASSUMED_DISTANCE_M, ASSUMED_VIEW_DEG, Look, look, most_shift, of_policy, ways_back
 from gr00t_fast.virtual import rendered_cameras
+from gr00t_fast.virtual.sim.simulation import HOME_DEG
 
 _OLDEST_MS, _FIRST_MS = 2000, 5000
 _READ_S = 0.1
@@ -41,18 +41,24 @@ class AlignPage(WebPage):
     def __init__(self, sock: socket.socket, hosts: tuple[str, ...], token: str, card: Card, camera_map: Mapping[str, str]) -> None:
         """camera_map: {robot camera: policy camera}, of all that are shown."""
         self.done = False  # a person has pressed `done`
-        self._card, self._map = card, camera_map
+        self._card, self._map, self._silent = card, camera_map, set[str]()
         self._off, self._colour, self._ways = (dict.fromkeys(camera_map, value) for value in ("looking ...", "#455a64", ""))
         super().__init__(sock, hosts, token)
 
     def see(self, frames: Mapping[str, np.ndarray]) -> None:
         """The newest pictures, uint8 RGB."""
+        self._silent = self._map.keys() - frames.keys()
+        for name in self._silent:
+            self._off[name], self._colour[name] = "no picture", "#c62828"
+            self._ways[name] = f"for {_OLDEST_MS / 1000:g} s. Is its cable in? If it does not come back, start `gr00t-fast align` again."
         trained = {name: of_policy(self._card, policy, len(self._map) == 1) for name, policy in self._map.items()}
         self.show({**frames, **{name + _GHOST: camera.median for name, camera in trained.items() if camera is not None}})
 
     def judge(self, found: Look) -> None:
         """What a look has said."""
         for name, policy in self._map.items():
+            if name in self._silent:
+                continue
             told = [text for kind, text in found.findings if f"'{name}'" in text and kind != "note"]
             seen, trained = found.measures.get(name), of_policy(self._card, policy, len(self._map) == 1)
             if seen is None or trained is None:
@@ -98,8 +104,8 @@ class AlignPage(WebPage):
 
 @contextlib.contextmanager
 def opened(cameras: Mapping[str, CameraConfig]) -> Iterator[Callable[[], dict[str, np.ndarray]]]:
-    """What reads the newest picture of each, uint8 RGB. Raises RobotError for one that cannot be opened, and, later, CameraError for one that fails.
-    A drawn camera sees the arm in its home pose."""
+    """What reads the newest picture of each, uint8 RGB, but for cameras that give none now. Raises RobotError for one that cannot be opened. A drawn
+    camera sees the arm in its home pose."""
     drawn = rendered(cameras)
     made = {name: glue.make_camera(name, camera) for name, camera in cameras.items() if not isinstance(camera, SimCameraConfig)}
     shown = rendered_cameras(drawn, "degrees") if drawn else None
@@ -111,11 +117,9 @@ def opened(cameras: Mapping[str, CameraConfig]) -> Iterator[Callable[[], dict[st
         def read() -> dict[str, np.ndarray]:
             frames = {}
             for name, camera in made.items():
-                try:
+                with contextlib.suppress(Exception):  # lerobot raises many kinds for a cable that a hand has touched
                     frames[name] = glue.newest_frame(camera, _OLDEST_MS)[0]
-                except Exception as error:  # lerobot raises many kinds
-                    raise CameraError(glue.camera_error_message(name, cameras[name], error)) from error
-            return {**frames, **(shown.frames(np.zeros(6)) if shown else {})}
+            return {**frames, **(shown.frames(HOME_DEG) if shown else {})}
 
         yield read
 
@@ -123,7 +127,7 @@ def opened(cameras: Mapping[str, CameraConfig]) -> Iterator[Callable[[], dict[st
 def align(
     cameras: Mapping[str, CameraConfig], card: Card, camera_map: Mapping[str, str], sock: socket.socket, tell: Callable[[str], None]
 ) -> Look | None:
-    """Until a person says that it is done. Returns the last look. `tell` gets the address. Raises RobotError, CameraError."""
+    """Until a person says that it is done. Returns the last look. `tell` gets the address. Raises RobotError."""
     hosts, token, url = names_of(sock)
     last: Look | None = None
     with opened(cameras) as read, ThreadPoolExecutor(1) as pool, AlignPage(sock, hosts, token, card, camera_map) as page:
@@ -135,7 +139,7 @@ def align(
             if looking is not None and looking.done():
                 last, looking = looking.result(), None
                 page.judge(last)
-            if looking is None:
+            if looking is None and frames:
                 looking = pool.submit(look, card, {name: frame.copy() for name, frame in frames.items()}, camera_map)
             time.sleep(_READ_S)
     return last

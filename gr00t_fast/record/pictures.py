@@ -11,6 +11,7 @@ import numpy as np
 from gr00t_fast.base.errors import ConfigError
 
 SHEET_NAME = "cameras.png"
+_WIDTH_PX = 640
 _HEIGHT, _BAND = 360, 58  # pixels of a picture on the sheet, and of the words above it
 
 
@@ -35,6 +36,17 @@ def png(picture: np.ndarray) -> bytes:
     import cv2
 
     encoded: np.ndarray = cv2.imencode(".png", picture[..., ::-1])[1]
+    return encoded.tobytes()
+
+
+def jpeg(picture: np.ndarray) -> bytes:
+    """uint8 RGB (height, width, 3) as a file, made smaller where it is wider than _WIDTH_PX."""
+    import cv2  # changes the environment when it is imported
+
+    height, width = picture.shape[:2]
+    if width > _WIDTH_PX:
+        picture = cv2.resize(picture, (_WIDTH_PX, max(1, round(height * _WIDTH_PX / width))), interpolation=cv2.INTER_AREA)
+    encoded: np.ndarray = cv2.imencode(".jpg", picture[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])[1]  # RGB -> BGR
     return encoded.tobytes()
 
 

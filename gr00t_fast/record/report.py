@@ -28,7 +28,7 @@ from gr00t_fast.base.measurement import git_commit, machine, percentiles, versio
 from gr00t_fast.control.loop import ControlLoop, Observer
 from gr00t_fast.control.modes import Mode
 from gr00t_fast.control.trace import RunTrace, TickRecord
-from gr00t_fast.record.pictures import png
+from gr00t_fast.record.pictures import jpeg, png
 from gr00t_fast.record.views import View, check_writable
 
 if TYPE_CHECKING:
@@ -52,7 +52,6 @@ _LIMIT_NOTES = (
 )
 _SCENE_NOTE = "live less recorded: shift, right, down in pixels, roll in degrees, zoom a share; light logarithmic; score: 1 is the same picture."
 _SECRET_FLAGS, _HIDDEN = ("__api_token",), "(hidden)"  # dashes and underscores are the same to the flags
-_WIDTH_PX = 640  # of a camera's picture; larger ones are made smaller
 _STYLE = """
 :root { color-scheme: light dark }
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
@@ -316,16 +315,7 @@ def _pictures(frames: Sequence[tuple[str, Mapping[str, np.ndarray]]]) -> Iterato
         yield "<h2>cameras</h2>"
     for when, cameras in frames:
         for name, frame in cameras.items():
-            yield f"<figure>{_image(_jpeg(frame), 'jpeg', f'{name}, {when}')}<figcaption>{_escaped(f'{name}, {when}')}</figcaption></figure>"
-
-
-def _jpeg(frame: np.ndarray) -> bytes:
-    import cv2  # changes the environment when it is imported
-
-    height, width = frame.shape[:2]
-    if width > _WIDTH_PX:
-        frame = cv2.resize(frame, (_WIDTH_PX, max(1, round(height * _WIDTH_PX / width))), interpolation=cv2.INTER_AREA)
-    return cv2.imencode(".jpg", frame[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes()  # RGB -> BGR
+            yield f"<figure>{_image(jpeg(frame), 'jpeg', f'{name}, {when}')}<figcaption>{_escaped(f'{name}, {when}')}</figcaption></figure>"
 
 
 def _image(content: bytes, kind: str, alt: str) -> str:

@@ -13,6 +13,7 @@ import secrets
 import socket
 import threading
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from http.cookies import CookieError, SimpleCookie
 from ipaddress import ip_address
@@ -22,13 +23,13 @@ from urllib.parse import parse_qs, quote
 import numpy as np
 
 from gr00t_fast.base.errors import require
+from gr00t_fast.record.pictures import jpeg
 
 HERE = "127.0.0.1"
 REFRESH_S = 0.2  # of what is no picture
 _MOST_CLIENTS = 8
 _MOST_PAGES = 24  # that were asked for and not closed yet, those without a socket among them
 _MOST_MESSAGE_BYTES = 1 << 16
-_WIDTH_PX, _JPEG_QUALITY = 640, 80
 _COOKIE = "gr00t_fast_page"
 _END_S = 1.0
 _SCRIPT = """
@@ -58,7 +59,7 @@ class WebPage(contextlib.AbstractContextManager):
         import cv2  # changes the environment when it is imported
 
         cv2.setNumThreads(1)
-        self._cv2, self.ui = cv2, require("nicegui", "page").ui
+        self.ui = require("nicegui", "page").ui
         self._pictures = dict[str, bytes]()
         self._server = self._made(sock, hosts, token)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [sock]}, name="page", daemon=True)
@@ -77,27 +78,21 @@ class WebPage(contextlib.AbstractContextManager):
         """How many look."""
         return self._gate.sockets
 
+    @abstractmethod
     def page(self) -> None:
         """What one browser shows, made with `ui`; called for each."""
-        raise NotImplementedError
 
     def show(self, frames: Mapping[str, np.ndarray]) -> None:
         """The newest pictures, name -> uint8 RGB (height, width, 3): made smaller and encoded while somebody looks, the first always."""
         for name, frame in frames.items():
             if self.browsers or name not in self._pictures:
-                self._pictures[name] = self._jpeg(frame)
+                self._pictures[name] = jpeg(frame)
 
     def pictures(self, names: Iterable[str]) -> Any:
         """The element that follows these pictures, for `page`."""
         element = self.ui.html("".join(map(_figure, names)), sanitize=False).classes("cameras")
         self.ui.run_javascript("followAll()")
         return element
-
-    def _jpeg(self, frame: np.ndarray) -> bytes:
-        height, width = frame.shape[:2]
-        if width > _WIDTH_PX:
-            frame = self._cv2.resize(frame, (_WIDTH_PX, max(1, round(height * _WIDTH_PX / width))), interpolation=self._cv2.INTER_AREA)
-        return self._cv2.imencode(".jpg", frame[:, :, ::-1], [self._cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])[1].tobytes()  # RGB -> BGR
 
     def _made(self, sock: socket.socket, hosts: tuple[str, ...], token: str) -> Any:
         import uvicorn

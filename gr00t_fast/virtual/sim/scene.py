@@ -15,6 +15,7 @@ from gr00t_fast.base.contracts import SO100_JOINTS, JointUnit
 from gr00t_fast.base.errors import ConfigError, closest
 
 Task = Literal["reach", "place"]
+INSTRUCTION_OF: dict[str, str] = {"reach": "Reach the block", "place": "Place the block in the bowl"}  # as the demo's data say it
 
 TIMESTEP_S = 0.004
 BLOCK_HALF_M = 0.0125
