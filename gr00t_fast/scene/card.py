@@ -115,9 +115,9 @@ def load_card(path: Path) -> Card:
             card = Card(**facts | {name: tuple(facts[name]) for name in ("joints", "notes")}, cameras=cameras, **arrays)
     except Exception as error:  # the readers of zip, npy, JSON and PNG raise many kinds for a file that is damaged
         why = f"{type(error).__name__}: {str(error)[:80]}"
-        raise ConfigError(f"{path} is no scene card of this version ({why}). Make one: gr00t-fast scene --dataset=DIR --out={path}") from error
+        raise ConfigError(f"{path} is no scene card of this version ({why}). Make one: gr00t-fast scene --dataset=DIR") from error
     if any(array.shape != (len(card.joints),) or not np.isfinite(array).all() for array in arrays.values()):
-        raise ConfigError(f"{path}: joints are missing or not finite. Make the card again: gr00t-fast scene --dataset=DIR --out={path}")
+        raise ConfigError(f"{path}: joints are missing or not finite. Make the card again: gr00t-fast scene --dataset=DIR")
     return card
 
 
