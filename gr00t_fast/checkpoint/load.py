@@ -179,7 +179,7 @@ def _download(repo_id: str, with_weights: bool, revision: str | None) -> Path:
     except (OSError, ValueError) as error:  # every hub error is one of these: no network, no such repository, gated
         what = "it" if revision is None else f"its revision '{revision}'"
         raise CheckpointError(
-            f"'{repo_id}' is no local directory, and fetching {what} from the hub failed: {str(error).rstrip('.')}. "
+            f"there is no directory '{repo_id}' here, and fetching {what} from the hub failed: {str(error).rstrip('.')}. "
             "Check the spelling, or download it and give the path."
         ) from error
     if path.name != revision:  # the cache's directory is named for the commit
