@@ -7,10 +7,10 @@
     python -m benchmarks.gpu_check             # all of them; 29 minutes at most
     python -m benchmarks.gpu_check --device=cpu --size=tiny    # a rehearsal of what runs without a GPU, which shows that it runs and nothing else
 
-Needs a Python with torch (CUDA), triton, numpy, safetensors, tokenizers and opencv, and for step A pytest; what else is missing is said and not
+Needs a Python with torch (CUDA), triton, numpy, safetensors, tokenizers and opencv, and for step A pytest; what else is missing is named and not
 counted as passed. Each part of a step has a limit of its own: one that hangs costs only itself. In --out stay
 one JSON file and one log per step, and result.txt: a table, and whether what the project promises of an H200 was kept by the steps so far. A broken
-promise is said and does not change the exit code, which is about parts that broke.
+promise is named and does not change the exit code, which is about parts that broke.
 """
 
 from __future__ import annotations

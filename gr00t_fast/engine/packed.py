@@ -145,7 +145,7 @@ class PackedLinear(nn.Module):
         return chosen_ways[key]
 
     def _fastest(self, compute: Callable[[int, Tensor], Tensor], call: tuple[Any, ...], ways: dict[int, Tensor]) -> int:
-        """Of `ways`, each with its weight, the one that wins here and now, with the caches as cold as in a call."""
+        """The one of `ways`, each with its weight, that is fastest here and now, with the caches as cold as in a call."""
         times_s: dict[int, list[float]] = {way: [] for way in ways}
         for _ in range(_ROUNDS):
             for way, weight in ways.items():

@@ -32,7 +32,7 @@ _ADDRESS = re.compile(r"(?P<host>\[[\da-fA-F:.%]+\]|[\w.-]*):(?P<port>\d{1,5})|(
 COMPARED = " as recorded, now, difference"  # behind a camera's name
 _PUT_S = 0.1  # between two pictures of a camera
 _START_S, FINISH_S = 30.0, 5.0  # to start: on a slow disk or a busy machine; the arm is not powered yet
-_MOST_WAITING = 50  # calls that the page has not answered: beyond, it hangs and is told no more words
+_MOST_WAITING = 50  # calls that the page has not answered: beyond, it hangs and gets no more words
 _PATIENT_LINES, _LONGEST_LINE = 100, 400  # that wait for a page that takes nothing: all fit into a message
 
 

@@ -257,7 +257,8 @@ def disconnect_camera(opened: Any) -> None:
 
 
 def newest_frame(opened: Any, oldest_ms: int) -> tuple[np.ndarray, float]:
-    """Of a camera of lerobot, and its age in seconds. One without a thread of its own (Reachy 2's, a plugin's) is read now. Raises what it raises."""
+    """The newest frame of a camera of lerobot, and its age in seconds. One without a thread of its own (Reachy 2's, a plugin's) is read now. Raises
+    what it raises."""
     if not (hasattr(opened, "thread") and hasattr(opened, "latest_timestamp")):
         return opened.async_read(timeout_ms=oldest_ms), 0.0
     came_s = opened.latest_timestamp  # before the frame, which is this one or a newer one

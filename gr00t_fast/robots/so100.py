@@ -217,7 +217,7 @@ class SO100FollowerArm:
         bus.late_answer_s = LATE_ANSWER_S
 
     def _see_power(self) -> None:
-        """An arm that is powered already was left so by a program that ended without landing it, or that was told to hold."""
+        """An arm that is powered already was left so by a program that ended without landing it, or that was to hold."""
         self._found_on = {joint: bool(on) for joint, on in self.bus.sync_read("Torque_Enable").items()}
         self._stage = Stage.SEEN
         if any(self._found_on.values()):

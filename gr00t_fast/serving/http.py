@@ -91,7 +91,8 @@ class HttpApplication:
         await _reply(send, 200, reply, kind)
 
     async def _body(self, scope: _Event, receive: _Receive) -> bytearray | bytes:
-        """Of a request for actions; the whole reply, as bytes, to another one. Raises _RefusedError for a sender, path or size that is not served."""
+        """The body of a request for actions; the whole reply, as bytes, to another one. Raises _RefusedError for a sender, path or size that is
+        not served."""
         headers = {name.decode("latin-1"): value for name, value in scope["headers"]}
         self._check_sender(headers)
         route = (scope["method"], scope["path"])
@@ -303,7 +304,7 @@ async def _reply(send: _Send, status: int, body: bytes, kind: bytes = b"applicat
 
 
 def _told(policy: Policy) -> dict[str, Any]:
-    """What openpi's clients are told when they connect."""
+    """What openpi's clients get when they connect."""
     keys = {modality: list(config.modality_keys) for modality, config in policy.get_modality_config().items()}
     return {"model": "GR00T", "keys": keys, **({} if policy.metadata is None else metadata_to_message(policy.metadata))}
 
@@ -346,7 +347,7 @@ def _status(error: Exception) -> int:
 
 
 def _name(client: Any) -> str:
-    """Of a client, for people and figures: its address without the port, which is another one for each connection."""
+    """A client's name, for people and figures: its address without the port, which is another one for each connection."""
     return str(client[0]) if client else ""
 
 

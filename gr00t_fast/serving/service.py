@@ -397,7 +397,7 @@ class Service:
                 request.answer.set_result(answer)
 
     def _answers(self, requests: list[Request]) -> list[dict[str, np.ndarray] | Exception]:
-        """Of one inference; where that fails as a whole, of one for each: only whoever asked wrongly shall get an error."""
+        """The answers of one inference; where that fails as a whole, of one inference each: only a wrong request gets an error."""
         answers: list[dict[str, np.ndarray] | Exception] = []
         if len(requests) > 1:
             calls = [{"observation": request.observation, **request.options} for request in requests]

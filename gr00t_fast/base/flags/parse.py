@@ -74,7 +74,7 @@ def _read_command_line(argv: Sequence[str], table: Mapping[str, Flag], more: str
 
 
 def _flag_of(written: str, table: Mapping[str, Flag], more: str, others: Others) -> tuple[Flag, bool]:
-    """The flag, and whether it is said with `no`."""
+    """The flag, and whether `no` stands before it."""
     name = written.replace("-", "_")
     if name in table:
         return table[name], False
