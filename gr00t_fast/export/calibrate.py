@@ -127,8 +127,8 @@ def with_layers(module: nn.ModuleDict, layers: Mapping[str, nn.Module]) -> nn.Mo
 
 @dataclass
 class InputStatistics:
-    """What one tensor that `readers` (layers) read has been: largest |value| per channel (K,), rows per observation, and kept rows (R, K): the largest
-    of a run and some at random."""
+    """What one tensor that `readers` (layers) read has been: largest |value| per channel (K,), rows per observation, and kept rows (R, K): the
+    largest of a run and some at random."""
 
     readers: tuple[str, ...]
     largest: Tensor
