@@ -19,7 +19,6 @@ INSTALL := PIP_CONSTRAINT="$(CURDIR)/requirements/constraints.txt" PIP_BUILD_CON
 INSTALL_LEROBOT_06 = PIP_CONSTRAINT="$(CURDIR)/requirements/constraints-py312.txt" PIP_BUILD_CONSTRAINT="$(CURDIR)/requirements/constraints-py312.txt" \
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --editable
 DEMO := outputs/demo
-RUN_DEMO := so100_inference_optimized.py --config_path=configs/so100_sim.yaml --model_path=checkpoints/so100-sim-reach --timeout=3 --episodes=3 --seed=0
 
 .PHONY: help demo test test-again test-page test-lerobot-0.6 demo-python3.13 test-python3.13 python312 python313 test-ray soak lint bench gpu-check clean
 
@@ -38,11 +37,7 @@ help:
 	@echo "make clean      remove .venv, .venv312, .venv313 and everything made"
 
 demo: .venv/.demo
-	$(BIN)/python $(RUN_DEMO) --out=$(DEMO) --video=$(DEMO)/demo.mp4 --overwrite
-	@echo
-	@echo "picture: $(DEMO)/joints.png"
-	@echo "video:   $(DEMO)/demo.mp4"
-	@echo "report:  $(DEMO)/report.html (and report.txt, report.json)"
+	$(BIN)/python -m gr00t_fast demo --out=$(DEMO)
 
 # One thread each: on a busy machine OpenMP's spin barriers make two threads slower than one. Files stay whole: what they set up is shared by their tests.
 # A test that hangs says where after five minutes; the longest takes half a minute, and three times as long beside four busy jobs.
@@ -62,7 +57,7 @@ test-lerobot-0.6: .venv312/.robottest
 	OMP_NUM_THREADS=1 .venv312/bin/python $(TEST) $(ARM_TESTS)
 
 demo-python3.13: .venv313/.robottest
-	.venv313/bin/python $(RUN_DEMO) --out=$(DEMO)-3.13 --overwrite
+	.venv313/bin/python -m gr00t_fast demo --out=$(DEMO)-3.13
 
 test-python3.13: .venv313/.robottest
 	OMP_NUM_THREADS=1 .venv313/bin/python $(TEST) $(QUICK_TESTS)
