@@ -29,6 +29,7 @@ from gr00t_fast.cli.main import guarded
 from gr00t_fast.cli.others import FLAGS_OF_OTHERS
 
 EXIT_DIFFERS, EXIT_USAGE = 1, 2
+_RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 Result = dict[str, Any]
 Config, T = TypeVar("Config"), TypeVar("T")
@@ -227,6 +228,8 @@ def finish(
         torch.set_num_threads(arguments.threads)
 
     def study() -> int:
+        if arguments.out.resolve().is_relative_to(_RESULTS):
+            raise ConfigError(f"--out={arguments.out}: only `make figures` writes there, from an unchanged checkout. Name another directory.")
         make_directory(arguments.out)
         result = run(arguments)
         table = as_table(result)
