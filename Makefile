@@ -11,9 +11,9 @@ find_python = $(shell for candidate in python3.$(1) $$HOME/.pyenv/versions/3.$(1
 	"$$candidate" -c "import sys; sys.exit(sys.version_info[:2] != (3, $(1)))" 2>/dev/null && echo "$$candidate" && break; done)
 PYTHON312 ?= $(call find_python,12)
 PYTHON313 ?= $(call find_python,13)
-ARM_TESTS := tests/test_so100_follower.py tests/test_feetech_bus.py tests/test_faults.py tests/test_watchdog.py tests/test_put_down.py tests/test_cli.py \
-	tests/test_end_to_end.py tests/test_lerobot_plugin.py
-QUICK_TESTS := tests/test_modes.py tests/test_loop.py tests/test_limits.py tests/test_threaded.py tests/test_feetech_bus.py tests/test_so100_follower.py
+ARM_TESTS := tests/unit/robots/test_so100_follower.py tests/unit/virtual/test_feetech_bus.py tests/realtime/test_faults.py tests/realtime/test_watchdog.py tests/realtime/test_put_down.py tests/unit/cli/test_cli.py \
+	tests/realtime/test_end_to_end.py tests/contract/test_lerobot_plugin.py
+QUICK_TESTS := tests/unit/control/test_modes.py tests/unit/control/test_loop.py tests/unit/control/test_limits.py tests/unit/control/test_threaded.py tests/unit/virtual/test_feetech_bus.py tests/unit/robots/test_so100_follower.py
 # By the environment, and not by --constraint alone: only so it reaches the tools that build packages, too.
 INSTALL := PIP_CONSTRAINT="$(CURDIR)/requirements/constraints.txt" PIP_BUILD_CONSTRAINT="$(CURDIR)/requirements/constraints.txt" \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
@@ -21,12 +21,11 @@ INSTALL_LEROBOT_06 = PIP_CONSTRAINT="$(CURDIR)/requirements/constraints-py312.tx
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --editable
 DEMO := outputs/demo
 
-.PHONY: help demo test test-again test-page test-lerobot-0.6 demo-python3.13 test-python3.13 python312 python313 test-ray soak lint bench figures gpu-check clean
+.PHONY: help demo test test-page test-lerobot-0.6 demo-python3.13 test-python3.13 python312 python313 test-ray soak lint bench figures gpu-check clean
 
 help:
 	@echo "make demo       a simulated SO-100, reaches for blocks, driven from its camera by a small trained network; leaves a video, a plot and a report"
 	@echo "make test       all tests that need no GPU, trained weights or arm"
-	@echo "make test-again what failed of 'make test', one after the other: a fault fails again, a neighbour's load does not"
 	@echo "make test-lerobot-0.6   the tests of the arm with lerobot 0.6, which needs Python 3.12, in .venv312"
 	@echo "make demo-python3.13, test-python3.13   the demo, and quick tests of control loop and arm, on Python 3.13, in .venv313"
 	@echo "make test-page  the page of a run in a real browser, Chromium"
@@ -43,48 +42,46 @@ demo: .venv/.demo
 
 # One thread each: on a busy machine OpenMP's spin barriers make two threads slower than one. Files stay whole: what they set up is shared by their tests.
 # A test that hangs says where after five minutes; the longest takes half a minute, and three times as long beside four busy jobs.
+# Tests in real time run alone, after the others. No test is run again.
 TEST_JOBS ?= 2
-TEST := -m pytest -q --numprocesses=$(TEST_JOBS) --dist=loadfile -o faulthandler_timeout=300
+TEST := -m pytest -q -o faulthandler_timeout=300
+TOGETHER := $(TEST) --numprocesses=$(TEST_JOBS) --dist=loadfile -m "not realtime"
+ALONE := $(TEST) -m realtime
 test: .venv/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python $(TEST)
-
-# Up to three tests: more is no accident of time.
-AGAIN_IN ?= .venv
-test-again:
-	@$(AGAIN_IN)/bin/python -c "import json, sys; failed = json.load(open('.pytest_cache/v/cache/lastfailed')); \
-		print('once more, alone:', *failed, sep='\n  '); sys.exit(len(failed) > 3)"
-	OMP_NUM_THREADS=1 $(AGAIN_IN)/bin/python -m pytest -q --last-failed --last-failed-no-failures=none
+	OMP_NUM_THREADS=1 $(BIN)/python $(TOGETHER)
+	OMP_NUM_THREADS=1 $(BIN)/python $(ALONE)
 
 test-lerobot-0.6: .venv312/.robottest
-	OMP_NUM_THREADS=1 .venv312/bin/python $(TEST) $(ARM_TESTS)
+	OMP_NUM_THREADS=1 .venv312/bin/python $(TOGETHER) $(ARM_TESTS)
+	OMP_NUM_THREADS=1 .venv312/bin/python $(ALONE) $(ARM_TESTS)
 
 demo-python3.13: .venv313/.robottest
 	.venv313/bin/python -m gr00t_fast demo --out=$(DEMO)-3.13
 
 test-python3.13: .venv313/.robottest
-	OMP_NUM_THREADS=1 .venv313/bin/python $(TEST) $(QUICK_TESTS)
+	OMP_NUM_THREADS=1 .venv313/bin/python $(TOGETHER) $(QUICK_TESTS)
 
 # Chromium and its driver are installed where that is possible without a question; otherwise the tests are skipped, and say so.
 test-page: .venv/.dev
 	@command -v chromedriver >/dev/null || { as_root=$$([ "$$(id -u)" = 0 ] || echo sudo -n); $$as_root apt-get install --yes --quiet --no-install-recommends \
 		chromium chromium-driver >/dev/null 2>&1; } || echo "SKIPPED: the page in a browser, for want of Chromium and chromedriver."
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/test_page_browser.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/browser/test_page_browser.py
 
 test-ray: .venv/.ray
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_ray_serve.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/ray/test_ray_serve.py
 
 soak: .venv/.dev
 	OMP_NUM_THREADS=1 GR00T_FAST_FUZZ_MESSAGES=100000 GR00T_FAST_VIRTUAL_TICKS=1000000 GR00T_FAST_SOAK_S=60 GR00T_FAST_COMPILE=1 \
 		GR00T_FAST_HOSTILE_CHECKPOINTS=1000 GR00T_FAST_ATTACK_S=10 \
-		$(BIN)/python -m pytest -s tests/test_serving.py tests/test_attacks.py tests/test_hostile_checkpoints.py tests/test_threaded.py \
-		tests/test_end_to_end.py tests/test_graph_engines.py tests/test_fakecuda.py \
+		$(BIN)/python -m pytest -s tests/unit/serving/test_serving.py tests/realtime/test_attacks.py tests/unit/checkpoint/test_hostile_checkpoints.py tests/unit/control/test_threaded.py \
+		tests/realtime/test_end_to_end.py tests/unit/engine/test_graph_engines.py tests/gpu/test_fakecuda.py \
 		-k "mutated or attack or hostile or million or clock or compiled_on or engines_ask_a_gpu"
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_architecture.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/contract/test_architecture.py
 
 bench: .venv/.dev
 	$(BIN)/python benchmarks/bench_policy.py $(BENCH_FLAGS)

@@ -156,7 +156,7 @@ class Outcome:
 def test_files() -> list[Path]:
     """The files whose tests are all marked `gpu`, the ones with a limit of their own first. Others are never collected: they import packages that a
     bare machine lacks, and some only write about the mark."""
-    files = [file for file in (ROOT / "tests").glob("test_*.py") if _MARKED.search(file.read_text("utf-8"))]
+    files = [file for file in (ROOT / "tests" / "gpu").glob("test_*.py") if _MARKED.search(file.read_text("utf-8"))]
     return sorted(files, key=lambda file: (list(TEST_LIMITS_S).index(file.name) if file.name in TEST_LIMITS_S else len(TEST_LIMITS_S), file.name))
 
 

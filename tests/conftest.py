@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from gr00t_fast.virtual.bus import VirtualBus
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 
 # Before torch is imported, so that no test pays for the import only to set this. One thread: spinning OpenMP barriers on a busy machine
 # make two threads slower than one, and results repeat.

@@ -2,7 +2,8 @@
 
 Everything is that of GR00T N1.5 but the sizes: one camera at 112 pixels (64 image tokens), about a million weights for one embodiment. The loss is
 flow matching on the modules of `gr00t_fast.model`, whose tables hold one time for all items of a batch: inference needs no more. Training draws a
-time per item; `item_tables` makes tables with an item axis, which `ActionHead.velocity` takes as they are. tests/test_training.py compares the two.
+time per item; `item_tables` makes tables with an item axis, which `ActionHead.velocity` takes as they are. A test compares the
+two.
 
 Axis alphabet: B batch, K draws of noise and time per observation, V image tokens, H horizon, A padded action width, D width.
 """

@@ -352,7 +352,7 @@ def test_an_adapter_that_lerobot_trained_is_merged(data_dir: Path, tmp_path: Pat
 
 pythons = pytest.mark.parametrize("python", os.environ.get("GR00T_FAST_LEROBOT", "").split() or [None])
 ASK = "takes minutes: GR00T_FAST_LEROBOT=PYTHON, an interpreter with lerobot 0.4.4 or 0.6.1 and its `groot` extra"
-PROGRAM = Path(__file__).parent.parent / "lerobot_policies.py"
+PROGRAM = Path(__file__).resolve().parents[1] / "support" / "lerobot_policies.py"
 
 
 @pythons
