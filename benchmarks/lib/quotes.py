@@ -32,10 +32,11 @@ def value_at(result: Any, key: str) -> Any:
     return float(factor) * result if star else result
 
 
-_README, _RESULTS, _MOTION = "README.md", "docs/results.md", "docs/smooth_motion.md"
+_README, _RESULTS, _CHECKPOINT = "README.md", "docs/results.md", "checkpoints/so100-sim-reach/README.md"
 _FUSED, _N1D6, _LEROBOT = "bench_engines/fused_full_fp32_2_threads_busy.json", "bench_policy_n1d6_cpu.json", "bench_lerobot/n1d5.json"
 _SYNC, _THREADED, _TRIALS = "evaluate/speed_up_sync.json", "evaluate/speed_up_threaded.json", "trials/sync_or_threaded.json"
 _REACH, _OPEN_LOOP, _STEPS = "reach_real_time.json", "open_loop/eval.json", "evaluate/evaluate.json"
+_STILL = ("100*rows.7.within.1.wilson_95.0", "100*rows.7.within.1.wilson_95.1", "rows.7.mean_time_s")
 _RATIO = ("median", "p25", "p75")
 _AS_EAGER = tuple(f"engines.fused.times_as_fast_as.4.eager.{part}" for part in _RATIO)
 _AS_LEROBOT = tuple(f"speed_up.{part}" for part in _RATIO)
@@ -88,6 +89,12 @@ QUOTES = (
         tuple(f"result.settings.{arm}.{what}" for arm in "ba" for what in ("successes", "trials")),
     ),
     Quote(_RESULTS, _OPEN_LOOP, "{:.2f} times what holding still errs", ("ratio_to_hold",)),
+    Quote(
+        _CHECKPOINT,
+        _STEPS,
+        "{} of {} are reached within 1 s (95 % interval {:.1f} to {:.1f} %), after {:.2f} s on average",
+        tuple(f"rows.7.{key}" for key in ("within.1.successes", "episodes")) + _STILL,
+    ),
     Quote(_RESULTS, _OPEN_LOOP, "{} held-out episodes ({} frames)", ("verdict.rests_on.episodes", "verdict.rests_on.frames")),
 )
 
