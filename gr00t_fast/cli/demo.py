@@ -17,7 +17,8 @@ _AS_RUN = [*_CHECKPOINT, "--timeout=3", "--episodes=3", "--seed=0", "--out=outpu
 
 def work(config: RunConfig) -> int:
     """A run, with a video. Raises Gr00tFastError."""
-    print("gr00t-fast run", shlex.join(_AS_RUN), file=sys.stderr)
+    if not config.quiet:
+        print("the demo is this run, and your flags after it: gr00t-fast run", shlex.join(_AS_RUN), file=sys.stderr)
     return run.run(replace(config, video=config.video or (None if config.out is None or config.dry_run else config.out / "demo.mp4")))
 
 
