@@ -68,7 +68,7 @@ test-page: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/browser/test_page_browser.py
 
 test-ray: .venv/.ray
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/ray/test_ray_serve.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/realtime/test_ray_serve.py
 
 soak: .venv/.dev
 	OMP_NUM_THREADS=1 GR00T_FAST_FUZZ_MESSAGES=100000 GR00T_FAST_VIRTUAL_TICKS=1000000 GR00T_FAST_SOAK_S=60 GR00T_FAST_COMPILE=1 \

@@ -66,7 +66,7 @@ class PolicyOptions(CheckpointOptions):
     GROUP = "checkpoint"
 
     denoising_steps: int | None = None  # steps from noise to action; default: the checkpoint's own
-    action_horizon: int | None = None  # actions played per inference; default: all that the checkpoint predicts
+    action_horizon: int | None = None  # actions played per inference; default: all trained ones (lerobot: n_action_steps)
     device: str = "auto"  # auto, cuda, cuda:N, cpu, mps
     precision: PrecisionName = "auto"  # number format of the network
     engine: EngineName = "auto"  # auto: eager; the last three need files (docs/engines.md)

@@ -169,7 +169,8 @@ class Gr00tPolicy(Policy):
         self.last_timing = {}
 
     def __repr__(self) -> str:
-        words = {"embodiment_tag": self.metadata.embodiment_tag, "engine": self.engine.name, "device": str(self.device), "dtype": str(self.dtype)}
+        words: dict[str, Any] = {"embodiment_tag": self.metadata.embodiment_tag, "engine": self.engine.name}
+        words |= {"device": str(self.device), "dtype": str(self.dtype)}
         words |= {"denoising_steps": self.denoising_steps, "action_horizon": self.action_horizon}
         return f"Gr00tPolicy({self.name!r}, {', '.join(f'{word}={value!r}' for word, value in words.items())})"
 

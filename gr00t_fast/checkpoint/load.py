@@ -118,7 +118,8 @@ def load_model(
     with ExitStack() as stack:
         own = checkpoint.adapter.files if checkpoint.adapter else ()
         files = [stack.enter_context(TensorFile(path)) for path in checkpoint.weight_files if path not in own]
-        located, deltas = _check_names_and_shapes(model, checkpoint, files), {}
+        located = _check_names_and_shapes(model, checkpoint, files)
+        deltas: dict[str, Any] = {}
         if checkpoint.adapter is not None:
             adapter_file = stack.enter_context(TensorFile(checkpoint.adapter.weights))
             located, deltas = merge(checkpoint.adapter, adapter_file, located, checkpoint.network)
@@ -131,7 +132,7 @@ class _WithoutInitialisation(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
+            return args[0] if args else kwargs["tensor"]  # type: ignore[index]
         return func(*args, **(kwargs or {}))
 
 
@@ -178,7 +179,7 @@ def _download(repo_id: str, with_weights: bool, revision: str | None) -> Path:
     except (OSError, ValueError) as error:  # every hub error is one of these: no network, no such repository, gated
         what = "it" if revision is None else f"its revision '{revision}'"
         raise CheckpointError(
-            f"'{repo_id}' is no local directory, and fetching {what} from the hub failed: {str(error).rstrip('.')}. "
+            f"there is no directory '{repo_id}' here, and fetching {what} from the hub failed: {str(error).rstrip('.')}. "
             "Check the spelling, or download it and give the path."
         ) from error
     if path.name != revision:  # the cache's directory is named for the commit

@@ -22,7 +22,7 @@ from gr00t_fast.virtual.bus import faults as fault_kinds
 from gr00t_fast.virtual.bus.bus import ControlSocket, VirtualBus, send_command
 from gr00t_fast.virtual.bus.faults import Fault
 
-_CHECKPOINT = "outputs/checkpoint-demo"
+_CHECKPOINT = "outputs/checkpoint-demo"  # where the printed commands write one with random weights
 
 
 @dataclass(kw_only=True)
@@ -58,7 +58,7 @@ def work(config: BusConfig) -> int:
     """Serve, or send one command. Raises Gr00tFastError."""
     if config.send is None:
         return serve(config)
-    answer = send_command(config.control, config.send)
+    answer = send_command(config.control, config.send)  # type: ignore[arg-type]
     print(json.dumps(answer.get("ok", answer), indent=2))
     return EXIT_ERROR if "error" in answer else EXIT_OK
 
@@ -135,14 +135,14 @@ def serve(config: BusConfig) -> int:
         calibration,
         plant,
         map(Fault.parse, config.fault),
-        link=Path(os.path.abspath(config.link)),
+        link=Path(os.path.abspath(config.link)),  # type: ignore[arg-type]
         usb_latency_ms=config.usb_latency_ms,
         wire_time=config.wire_time,
         servo_ids=config.servos,
         seed=config.seed,
     )
     with coming_first(), bus:
-        control = ControlSocket(bus, config.control, stop.set)
+        control = ControlSocket(bus, config.control, stop.set)  # type: ignore[arg-type]
         try:
             print(describe(config, bus, calibration_file), flush=True)
             seen = 0

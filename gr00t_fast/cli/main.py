@@ -54,8 +54,13 @@ COMMANDS = {
     "sim": ("sim:main", "show the simulated scene, solved by a scripted expert"),
     "random-checkpoint": ("random_checkpoint:main", "write a checkpoint with random weights"),
 }
-# Words of a subcommand that is gone -> what to do instead.
-GONE = {"calibrate": "the engine fp8 and its calibration are gone. For 8 bits use gr00t-fast quantise, for a GPU then --engine=tensorrt."}
+# Words that people type and that are no subcommand (any more) -> what to do instead.
+GONE = {
+    "calibrate": "the engine fp8 and its calibration are gone. For 8 bits use gr00t-fast quantise, for a GPU then --engine=tensorrt.",
+    "record": "demonstrations are recorded with lerobot-record. What a policy does: gr00t-fast run --record=DIR.",
+    "train": "there is no training here: use NVIDIA's or lerobot's trainer, then gr00t-fast run --model_path=DIR.",
+    "teleoperate": "there is no teleoperation here: use lerobot-teleoperate or lerobot-record.",
+}
 
 C = TypeVar("C")
 

@@ -127,7 +127,7 @@ class PlayedRows(Policy):
         self._played = False
 
     def describe(self) -> list[str]:
-        return [f"{self._name}, {self.action_horizon / self._fps:.1f} s"]
+        return [f"{self._name}, {self.action_horizon / self._fps:.1f} s"]  # type: ignore[operator]
 
     def summary(self) -> dict[str, Any]:
         return {"replays": self._name}
@@ -142,7 +142,7 @@ class RecordedEpisode(PlayedRows):
         if number >= len(frames.episodes):
             raise ConfigError(f"--episode={number}: {directory} has {len(frames.episodes)} episodes, 0 to {len(frames.episodes) - 1}.")
         rows, task = frames.episodes[number], next(iter(frames.tasks_of(number)), "a recording without a task")
-        super().__init__(f"episode {number} of {directory}", task, frames.fps, robot, on_end, approach_deg_s)
+        super().__init__(f"episode {number} of {directory}", task, frames.fps, robot, on_end, approach_deg_s)  # type: ignore[arg-type]
         self._play(frames.columns("state", rows), frames.columns("action", rows))
 
 

@@ -252,7 +252,7 @@ def drive(
             outputs = Outputs(config.out, views(config, robot, fps, say), config.quiet, config.json, bool(config.blind))
             keys = keys_of_session(config, say)
             session = session_of(stop, keys, recorder, echo=say, page=page)
-            begin = [preflight.connected]
+            begin: list[Callable[[Observation], object]] = [preflight.connected]
             if page is not None:
                 begin.append(lambda observation: page.connected(robot, observation))
             if card is not None:

@@ -110,7 +110,7 @@ class ControlLoop:
         clock: Clock,
         stop: StopSignals,
         session: Session,
-        on_connected: Callable[[Observation], None] = lambda observation: None,
+        on_connected: Callable[[Observation], object] = lambda observation: None,
         observers: Sequence[Observer] = (),
         echo: Callable[[str], None] = print,
     ) -> None:

@@ -51,7 +51,7 @@ def open_engine(name: str, engine_path: str | Path | None, target: Target, devic
     export does not have.
     """
     directory = target.checkpoint.path / "exports" / name if engine_path is None else Path(engine_path).expanduser()
-    return EXPORTED[name](directory, target, device, precision)
+    return EXPORTED[name](directory, target, device, precision)  # type: ignore[arg-type]
 
 
 def check_engine(name: str, engine_path: str | Path | None = None) -> None:

@@ -287,7 +287,7 @@ class FusedSiglip2(FusedModel):
         tower, connector = self.vision, self.vision.connector
         x = linear(self.patches, patches_of(pixel_values.flatten(0, 1), tower.config.patch_size)) + constants.patches[0]  # (I, T, D)
         _, normed = self._pre_norm_blocks(x, tower.blocks, tower.norm)
-        joined = joined_patches(normed, *tower.grid_of(pixel_values), tower.config.merge_size)  # (I, V / C, m m D)
+        joined = joined_patches(normed, *tower.grid_of(pixel_values), tower.config.merge_size)  # type: ignore[call-arg]  # (I, V / C, m m D)
         tokens = linear(connector.down, nn.functional.gelu(linear(connector.up, norm(joined, Norm.of(connector.norm)))))
         return tokens.reshape(pixel_values.shape[0], -1, tokens.shape[-1])
 
@@ -307,7 +307,8 @@ class FusedQwenVision(FusedModel):
         tower, pictures, (places, cos, sin) = self.vision, pixel_values.flatten(0, 1), constants.patches
         patches = one_frame_patches(pictures, tower.config).flatten(2)  # (I, T, 3 p p)
         x = linear(self.patches, patches) + places  # (I, T, D)
-        normed, tokens = norm(x, Norm.of(tower.blocks[0].norm1)), []
+        tokens: list[Tensor] = []
+        normed = norm(x, Norm.of(tower.blocks[0].norm1))
         for index, (block, following) in enumerate(zip(tower.blocks, [*(b.norm1 for b in tower.blocks[1:]), tower.merger.norm], strict=True)):
             q, k, v = (split_heads(part, block.attention.heads) for part in linear(block.attention.qkv, normed).chunk(3, dim=-1))
             attended = nn.functional.scaled_dot_product_attention(_rotated(q, cos, sin), _rotated(k, cos, sin), v)  # (I, N, T, K)

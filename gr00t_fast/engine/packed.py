@@ -195,7 +195,8 @@ def packing_obstacle(dtype: torch.dtype) -> str:
     x, weight = torch.linspace(-1, 1, 4 * 64).reshape(4, 64).to(dtype), torch.linspace(1, -1, 32 * 64).reshape(32, 64).to(dtype)
     bias, added = torch.ones(32, dtype=dtype), torch.ones(4, 32, dtype=dtype)
     try:
-        for activation, other in ((None, added), ("gelu", None), ("silu", None), ("relu", None)):
+        tried: tuple[tuple[Activation | None, Tensor | None], ...] = ((None, added), ("gelu", None), ("silu", None), ("relu", None))
+        for activation, other in tried:
             plain, got = (product(x, w, way, activation, bias, other) for w, way in ((weight, PLAIN), (packed(weight, 4), 1)))
             torch.testing.assert_close(got, plain, rtol=0.02, atol=0.02 * float(plain.abs().max()))
     except (AttributeError, NotImplementedError, RuntimeError, AssertionError) as error:

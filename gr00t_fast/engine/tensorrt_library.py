@@ -65,7 +65,7 @@ def strongly_typed(trt: ModuleType) -> int:
 def make_log(trt: ModuleType) -> Any:
     """A TensorRT logger that keeps warnings and errors in `lines`, for messages of our own, and prints nothing."""
 
-    class Log(trt.ILogger):  # the base class exists only once the library is loaded
+    class Log(trt.ILogger):  # type: ignore[name-defined]  # the base class exists only once the library is loaded
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.lines: list[tuple[str, str]] = []

@@ -296,7 +296,7 @@ def keep_sensitive(groups: Sequence[Group], error_of: Callable[[Sequence[Group]]
         total = error_of(left)
         if total.p99 <= limit:  # NaN is above every limit
             return total
-        worst = max(left, key=lambda group: np.nan_to_num(group.alone.rms**2 / group.work, nan=np.inf, posinf=np.inf))
+        worst = max(left, key=lambda group: np.nan_to_num(group.alone.rms**2 / group.work, nan=np.inf, posinf=np.inf))  # type: ignore[union-attr]
         left.remove(worst)
         worst.kept = f"p99 was {total.p99:.3g} with it, limit {limit:g}"
     return None

@@ -196,7 +196,7 @@ class QwenVisionGraph(nn.Module):
         batch = pixel_values.shape[0]
         pictures = pixel_values[0] if batch == 1 else pixel_values.flatten(0, 1)
         x = self.patch_embedding(one_frame_patches(pictures, self.config).flatten(2)) + self.position_embedding  # (C, T, D)
-        deepstack = []
+        deepstack: list[Tensor] = []
         for index, block in enumerate(self.blocks):
             x = block(x, rotary=(self.cos, self.sin))
             if index in self.config.deepstack:
@@ -265,7 +265,7 @@ class LanguageGraph(nn.Module):
             x = x + _grouped_query_attention(block.attention, block.norm1(x), cos, sin, mask)
             x = x + block.mlp(block.norm2(x))
             if (index + 1) * self.batch <= len(deeper):
-                added = deeper.shape[1]
+                added = deeper.shape[1]  # type: ignore[union-attr]
                 x = torch.cat((x[:, :added] + deeper[index * self.batch : (index + 1) * self.batch], x[:, added:]), dim=1)  # (1, S, C)
         backbone = self.norm(x)
         refined = self.vlln(backbone)
@@ -364,7 +364,8 @@ class DenoiseStepGraph(nn.Module):
         self.contexts = tuple(crossing_blocks(model.config))
 
     def forward(self, actions: Tensor, state: Tensor, tau: Tensor, modulation: Tensor, step_size: Tensor, *keys_values: Tensor) -> Tensor:
-        crossed = {context: _per_block(*keys_values[2 * place : 2 * place + 2], self.batch) for place, context in enumerate(self.contexts)}
+        pairs = zip(keys_values[::2], keys_values[1::2], strict=True)
+        crossed = {context: _per_block(keys, values, self.batch) for context, (keys, values) in zip(self.contexts, pairs, strict=True)}
         mixed = self.encode(actions) + tau  # (1, H, D)
         tokens = self.mix(mixed * torch.sigmoid(mixed)) + self.positions  # (1, H, D)
         prefix = [self.state_encoder(state).unsqueeze(1), *(() if self.future_tokens is None else (self.future_tokens.unsqueeze(0),))]

@@ -210,7 +210,7 @@ class _Writer:
             source = f"{tensor}_smoothed"
             self._constant(f"{tensor}_smoothing", 1.0 / smoothing, first)
             self._add_node(first, "Mul", [tensor, f"{tensor}_smoothing"], source)
-        scale, zero = self._scale(f"{tensor}_scale", np.float32(input_scale.largest / LARGEST[self.scheme]), first)
+        scale, zero = self._scale(f"{tensor}_scale", np.float32(input_scale.largest / LARGEST[self.scheme]), first)  # type: ignore[arg-type]
         self._add_node(first, "QuantizeLinear", [source, scale, zero], f"{tensor}_q")
         self._add_node(first, "DequantizeLinear", [f"{tensor}_q", scale, zero], f"{tensor}_dq")
         for layer in layers:

@@ -135,7 +135,8 @@ def prompt_profiles(shapes: Mapping[str, Any], max_text_tokens: int | None, one:
     starts = [least, *(edge + 1 for edge in edges[:-1])]
     prompts = [(least, edges[0], most)] if one else [(start, edge, edge) for start, edge in zip(starts, edges, strict=True)]
     names = (TOKENS, TEXT_TOKENS) if spans else (TOKENS,)
-    return tuple({name: tuple(varying_sizes(shapes, length)[name] for length in lengths) for name in names} for lengths in prompts)
+    sizes = [[varying_sizes(shapes, length) for length in lengths] for lengths in prompts]
+    return tuple({name: (low[name], usual[name], high[name]) for name in names} for low, usual, high in sizes)
 
 
 # --- a process of its own
@@ -165,7 +166,7 @@ def _end_with_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
-        multiprocessing.parent_process().join()
+        multiprocessing.parent_process().join()  # type: ignore[union-attr]
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

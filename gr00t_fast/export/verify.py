@@ -158,11 +158,11 @@ def action_error(got: np.ndarray, truth: np.ndarray, cases: Sequence[Case]) -> A
     gap = np.abs(joints(got, cases) - joints(truth, cases))  # (n, rows, J)
     used = np.s_[:, : gap.shape[1], : gap.shape[2]]  # of the padded actions, only these move a joint
     noise = np.concatenate([case.noise.numpy() for case in cases])
-    moved = np.linalg.norm((truth - noise)[used].astype(np.float64))
-    relative = np.linalg.norm((got - truth)[used].astype(np.float64)) / max(moved, 1e-12)
-    p50, p99 = np.percentile(gap, (50, 99))
+    moved = float(np.linalg.norm((truth - noise)[used].astype(np.float64)))
+    relative = float(np.linalg.norm((got - truth)[used].astype(np.float64))) / max(moved, 1e-12)
+    p50, p99 = np.percentile(gap, (50, 99)).tolist()  # type: ignore[misc]
     per_joint = tuple(float(value) for value in np.percentile(gap.reshape(-1, gap.shape[2]), 99, axis=0))
-    return ActionError(float(p50), float(p99), float(gap.max()), float(np.sqrt((gap**2).mean())), float(relative), per_joint)
+    return ActionError(p50, p99, float(gap.max()), float(np.sqrt((gap**2).mean())), relative, per_joint)  # type: ignore[has-type]
 
 
 def joints(actions: np.ndarray, cases: Sequence[Case]) -> np.ndarray:
@@ -196,7 +196,7 @@ def compare(
     """The engine over the cases of `record_reference`: what `judged` says of it. `embed`: `ExportTables.embed` of the export. `limit`: p99 in joint
     units, None: that of the coarsest number format that the engine computes in."""
     stages: dict[str, list[float]] = {}
-    truth, chained, alone = [], [], []
+    truth, chained, alone = list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
     with progress_bar(f"engine {engine.name}", len(cases)) as tick, torch.inference_mode():
         for index, case in enumerate(cases):
             inputs, plain = case.inputs.to(engine.device, engine.dtype), torch.load(directory / f"{index}.pt")
@@ -210,9 +210,9 @@ def compare(
     with torch.inference_mode():
         for size in engine.batch_sizes[1:]:
             stages[f"actions, {size} at once"] = _in_batches(engine, cases, chained, steps, size)
-    errors = [action_error(np.concatenate(actions), np.concatenate(truth), cases) for actions in (chained, alone)]
+    whole, last = (action_error(np.concatenate(actions), np.concatenate(truth), cases) for actions in (chained, alone))
     name = engine.precision or engine.manifest.precision
-    return judged(name, stages, *errors, ACTION_LIMITS[name] if limit is None else limit)
+    return judged(name, stages, whole, last, ACTION_LIMITS[name] if limit is None else limit)
 
 
 def _in_batches(engine: ExportedEngine, cases: Sequence[Case], alone: Sequence[np.ndarray], steps: int, size: int) -> list[float]:

@@ -61,8 +61,8 @@ class PolicyInputs:
         frames = [frames[one] for frames in self.frames]
         raw_state = {key: values[one] for key, values in self.raw_state.items()}
         positions = self.image_positions if self.image_positions.ndim == 1 else self.image_positions[index]
-        given = {"input_ids": self.input_ids[one, :tokens], "lengths": self.lengths[one], "state": self.state[one], "raw_state": raw_state}
-        given |= {"image_positions": positions}
+        given: dict[str, Any] = {"input_ids": self.input_ids[one, :tokens], "lengths": self.lengths[one], "state": self.state[one]}
+        given |= {"raw_state": raw_state, "image_positions": positions}
         return replace(self, frames=frames, **given)
 
     @staticmethod

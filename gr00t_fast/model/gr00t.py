@@ -62,7 +62,7 @@ def prompt_rotary(config: ModelConfig, tokens: int, image_positions: Tensor, pic
     language, side = config.language, config.vision.token_side
     rows, columns = (pixels // side for pixels in picture)
     positions = prompt_positions(tokens, image_positions, rows, columns)
-    return mrope_tables(positions, language.head_dim, language.rope_theta, language.mrope_sections, dtype)
+    return mrope_tables(positions, language.head_dim, language.rope_theta, language.mrope_sections, dtype)  # type: ignore[arg-type]
 
 
 class Gr00t(nn.Module):

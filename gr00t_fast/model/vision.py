@@ -106,7 +106,8 @@ class QwenVisionTower(nn.Module):
         language model's first layers."""
         rows, columns = self.grid_of(pixel_values)
         x = self.embed(pixel_values)  # (I, T, D)
-        rotary, deepstack = self.rotary(rows, columns, x), []
+        rotary = self.rotary(rows, columns, x)
+        deepstack: list[Tensor] = []
         for index, block in enumerate(self.blocks):
             x = block(x, rotary=rotary)
             if index in self.config.deepstack:

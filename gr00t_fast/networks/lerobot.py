@@ -331,7 +331,7 @@ class LerobotFiles:
     def _image_settings(self) -> ImageSettings:
         if self._pack.name == _PACK_N1D5:
             side = self.config.vision.image_size
-            return ImageSettings(False, False, side, 1.0, None, (side, side), squash=True)
+            return ImageSettings(False, False, side, 1.0, None, (side, side), squash=True)  # type: ignore[arg-type]
         encode = self.pre[_ENCODE].settings
         if encode.values.get("image_target_size") is None:
             raise CheckpointError(f"{encode.where}: image_target_size is null: frames that are not resized are not computed here.")
@@ -396,7 +396,7 @@ def _config_of(published: Mapping[str, Any]) -> Callable[[Path, Mapping[str, Any
 
 def _whole_frames(config: Mapping[str, Any], backbone: Mapping[str, Any]) -> ModelConfig:
     sizes = n1d5.read_config(config, backbone)
-    return replace(sizes, vision=replace(sizes.vision, crop_scale=1.0))
+    return replace(sizes, vision=replace(sizes.vision, crop_scale=1.0))  # type: ignore[arg-type]
 
 
 def _render(instruction: str, images: int, tokens: int) -> str:

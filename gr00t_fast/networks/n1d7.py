@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -319,7 +320,7 @@ class ProcessorForm:
     processor_class: str
     rows: Mapping[str, int]
     settings: Mapping[str, Any]
-    without_effect: Collection[str]
+    without_effect: AbstractSet[str]
     computed: Mapping[str, tuple[Any, Any]]
     said_twice: Collection[str]
     sizes: Collection[str] = ("max_state_dim", "max_action_dim", "max_action_horizon")

@@ -458,7 +458,7 @@ class DatasetWriter:
 
     def _add_facts(self, number: int, outcome: Mapping[str, Any]) -> None:
         file, modality = self._root / ROLLOUTS, self._root / MODALITY
-        told = _read_map(self._root, ROLLOUTS) if file.is_file() else {"program": "gr00t-fast"}
+        told: dict[str, Any] = _read_map(self._root, ROLLOUTS) if file.is_file() else {"program": "gr00t-fast"}
         entry = {"episode": number, "frames": self._rows, "task": self._task, **outcome, **self._facts}
         told["episodes"] = [*(other for other in told.get("episodes", []) if other["episode"] != number), entry]
         file.write_text(json.dumps({**told, "joint_unit": self._joint_unit}, indent=1) + "\n")

@@ -223,7 +223,7 @@ def _joints(report: Mapping[str, Any]) -> Iterator[Section]:
         return
     errors = {name: [(row or {}).get(key) for key in ("p50", "p95", "max")] for name, row in tracking["joints"].items()}
     rows = [(name, *(safety[limit][name] for limit in LIMITS), *row) for name, row in errors.items()]
-    columns = (f"joint ({tracking['unit']})", *(limit.replace("_", "-") for limit in LIMITS), "tracking p50", "p95", "max")
+    columns = (f"joint ({tracking['unit']}, gripper in %)", *(limit.replace("_", "-") for limit in LIMITS), "tracking p50", "p95", "max")
     yield Section("joints", columns, rows, _LIMIT_NOTES)
 
 

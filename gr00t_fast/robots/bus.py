@@ -33,7 +33,7 @@ except ImportError:  # Windows has no termios; pyserial reports everything as OS
     LINK_LOST = (OSError,)
 
 # What the driver raises for one failed exchange, as opposed to a lost port (ConnectionError is an OSError: catch it before LINK_LOST).
-EXCHANGE_FAILED = (ConnectionError, RuntimeError)
+EXCHANGE_FAILED: tuple[type[Exception], ...] = (ConnectionError, RuntimeError)
 
 BAUD_RATE = 1_000_000
 ANSWER_S = 0.05  # how long an answer is waited for, as in lerobot's driver
@@ -71,7 +71,8 @@ def exchange(line: Any, request: Request, ids: Sequence[int], length: int = 0) -
     line: an open `serial.Serial` whose time-out is WAIT_S. Raises one of LINK_LOST.
     """
     line.write(request.encode())
-    parser, found, received, late = PacketParser(Status), {}, 0, False
+    found: dict[int, Status] = {}
+    parser, received, late = PacketParser(Status), 0, False
     awaited = len(ids) * (STATUS_BYTES + length)
     give_up_s = time.monotonic() + ANSWER_S + 10 * awaited / BAUD_RATE
     while len(found) < len(ids):
@@ -363,7 +364,7 @@ def _release_all(bus: Any, problems: list[str]) -> dict[str, Torque]:
     """All at once without asking, then each by name; what stayed unknown is asked once more on a line that has become quiet. Where no servo answers
     (their supply is off), each is asked once and no more."""
     problems.extend(broadcast_torque_off(bus))
-    powered, trouble, heard = list(bus.motors), [], list[int]()
+    powered, trouble, heard = list(bus.motors), list[str](), list[int]()
     ids = [motor.id for motor in bus.motors.values()]
     attempt("asking all servos", lambda: heard.extend(bus.transfer(sync_read(Register.TORQUE_ENABLE, 1, ids), ids, 1)[0]), [])
     tries, rounds = (TRIES_PER_MOTOR, 2) if heard else (1, 1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 HEADER = b"\xff\xff"
 BROADCAST_ID = 0xFE
@@ -84,7 +84,7 @@ class PacketParser(Generic[Packet]):
 
     def __init__(self, kind: type[Packet]) -> None:
         """`kind`: Request at the servo's end of the line, Status at the master's."""
-        self._kind = kind
+        self._kind: type[Any] = kind
         self._buffer = bytearray()
         self.rejected = 0  # packets whose length or checksum was wrong
 

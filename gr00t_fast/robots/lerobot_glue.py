@@ -197,7 +197,7 @@ def find_camera_types() -> None:
     for name, theirs in package.CameraConfig.get_known_choices().items():
         if name not in CameraConfig.types:
             made = make_dataclass(theirs.__name__, _settings(theirs), bases=(CameraConfig,), kw_only=True, namespace={"__post_init__": _checked})
-            CameraConfig.types[name], made.type_name = made, name
+            CameraConfig.types[name], made.type_name = made, name  # type: ignore[attr-defined]
 
 
 def _settings(theirs: type) -> list[tuple[str, Any, Any]]:

@@ -373,4 +373,5 @@ def outcome(mode: str, left_on: list[int], alone: bool) -> str:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], [int(word) for word in sys.argv[4:]])
+    port, mode, directory, *ids = sys.argv[1:]
+    main(port, mode, directory, list(map(int, ids)))

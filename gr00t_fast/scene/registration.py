@@ -90,7 +90,7 @@ class View:
         import cv2
 
         grey = cv2.createCLAHE(3, (8, 8)).apply(cv2.cvtColor(self.picture, cv2.COLOR_RGB2GRAY))
-        points, descriptors = cv2.SIFT_create(500, contrastThreshold=0.02).detectAndCompute(grey, None)
+        points, descriptors = cv2.SIFT_create(500, contrastThreshold=0.02).detectAndCompute(grey, None)  # type: ignore[attr-defined]
         return np.array([point.pt for point in points], np.float32).reshape(-1, 2), np.empty((0, 128)) if descriptors is None else descriptors
 
 
@@ -142,7 +142,7 @@ def _ecc(trained: np.ndarray, live: np.ndarray, begun: np.ndarray, both: np.ndar
     """`begun` where it does not converge, or where nothing is left to compare."""
     import cv2
 
-    start = (begun if kind == HOMOGRAPHY else begun[:2] / begun[2, 2]).astype(np.float32)
+    start = (begun if kind == HOMOGRAPHY else begun[:2] / begun[2, 2]).astype(np.float32)  # type: ignore[var-annotated]
     try:
         found = cv2.findTransformECC(trained, live, start, kind, (3, steps, 1e-4), both.astype(np.uint8), 1)[1]  # 3: by steps and by change
     except cv2.error:

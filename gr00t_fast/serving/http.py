@@ -27,7 +27,7 @@ import logging
 import socket
 import time
 from collections.abc import Awaitable, Callable, Collection
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -55,7 +55,8 @@ _IDLE_S = 30  # from an answer to the whole header of the connection's next requ
 _STOP_S = 1
 _HEALTH = b'{"status":"healthy","model":"GR00T"}'
 _Event = dict[str, Any]
-_Receive, _Send = Callable[[], Awaitable[_Event]], Callable[[_Event], Awaitable[None]]
+_Receive: TypeAlias = Callable[[], Awaitable[_Event]]
+_Send: TypeAlias = Callable[[_Event], Awaitable[None]]
 
 
 def http_service(policy: Policy, api_token: str | None) -> Service:

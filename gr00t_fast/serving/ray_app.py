@@ -120,4 +120,4 @@ def app(args: Mapping[str, Any]) -> Any:
     options = {**known, **args}
     if not options["models"] or not all("model_path" in model for model in options["models"].values()):
         raise ConfigError("args: expected models, a map from names to arguments of load_policy with a model_path each.")
-    return PolicyDeployment.bind(**options)
+    return PolicyDeployment.bind(**options)  # type: ignore[attr-defined]

@@ -133,7 +133,7 @@ class PolicyServer(PolicyServerBase):
         while self._monitor.poll(0):
             event, _ = self._monitor.recv_multipart()
             descriptor = int.from_bytes(event[2:6], sys.byteorder)
-            self.service.forget(lambda client, descriptor=descriptor: client[0] == descriptor)
+            self.service.forget(lambda client, descriptor=descriptor: client[0] == descriptor)  # type: ignore[misc]
 
     def _receive(self) -> None:
         """Frames are the route back, which ends in an empty frame (a REQ client, perhaps behind proxies), and the message."""
@@ -178,7 +178,7 @@ class PolicyServer(PolicyServerBase):
 
         def send(answer: Future[dict[str, np.ndarray]]) -> None:
             if (error := answer.exception()) is not None:
-                self.service.figures.refused(error, name)
+                self.service.figures.refused(error, name)  # type: ignore[arg-type]
             self._answers.put([*route, _answer_message(answer, nested, nested and arrays_n1d7, beside)])
             self._wake_talker.send(b"x")
 

@@ -11,6 +11,7 @@ and again by each batch that is.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hmac
 import ipaddress
 import logging
@@ -311,8 +312,9 @@ class Service:
         if most == 1:
             return
         log.info("measuring batches")
-        noise: np.ndarray = np.zeros((1, *self.policy.chunk_shape), np.float32)  # given, so that a seed means the same noise as ever
-        call = {"observation": self.policy.example_observation(), "noise": noise}
+        # Given, so that a seed means the same noise as ever.
+        noise: np.ndarray = np.zeros((1, *self.policy.chunk_shape), np.float32)  # type: ignore[attr-defined]
+        call = {"observation": self.policy.example_observation(), "noise": noise}  # type: ignore[attr-defined]
         self.times.measure(lambda size: self.policy.get_actions([call] * size) if size > 1 else self.policy.get_action(**call), most)
 
     def ask(
@@ -405,7 +407,7 @@ class Service:
                 log.warning("%d requests could not be computed together (%s); now each alone", len(requests), reason_of(error))
         for request in [] if answers else requests:
             try:
-                answers.append(self._timed(1, lambda request=request: self.policy.get_action(request.observation, **request.options)))
+                answers.append(self._timed(1, functools.partial(self.policy.get_action, dict(request.observation), **request.options)))
             except Exception as error:  # noqa: BLE001 - a bug or a device failure in one request must reach its client and not end the service
                 answers.append(error)
         return answers

@@ -337,7 +337,7 @@ def _as_json_array(value: Any) -> dict[str, Any]:
     raise WireError(f"the protocol carries numbers, text and numpy arrays, not {type(value).__name__}.")
 
 
-def from_json(data: bytes, max_bytes: int = MAX_MESSAGE_BYTES) -> Any:
+def from_json(data: bytes | bytearray, max_bytes: int = MAX_MESSAGE_BYTES) -> Any:
     """The message in `data`, arrays as writable copies. Raises WireError, and nothing else, whatever `data` is."""
     if len(data) > max_bytes:
         raise WireError(f"the message has {len(data)} bytes; at most {max_bytes} are accepted. Send fewer or smaller pictures at once.")

@@ -19,11 +19,11 @@ def make_robot(config: RobotConfig) -> Robot:
     if isinstance(config, SO100FollowerConfig):
         from gr00t_fast.robots.so100 import SO100FollowerArm
 
-        return SO100FollowerArm(config, rendered_cameras)
+        return SO100FollowerArm(config, rendered_cameras)  # type: ignore[return-value]
     if isinstance(config, SO100SimConfig):
         from gr00t_fast.virtual.sim.simulation import SimArm
 
-        return SimArm(config)
+        return SimArm(config)  # type: ignore[return-value]
     raise ConfigError(f"no arm is known for a configuration of type {type(config).__name__}; expected so100_follower, so101_follower or so100_sim.")
 
 

@@ -69,7 +69,7 @@ class VirtualBus:
         self._faults = FaultTable(seed)
         self._latency_s, self._wire_time = usb_latency_ms / 1000, wire_time
         self._own_directory = None if link else tempfile.TemporaryDirectory(prefix="virtual_bus_")
-        self._link = Path(link) if link else Path(self._own_directory.name) / "port"
+        self._link = Path(link) if link else Path(self._own_directory.name) / "port"  # type: ignore[union-attr]
         self._claim: IO[str] | None = None  # from start to close
         self._terminal: _Terminal | None = None
         self._lock = threading.Lock()  # between the thread and the callers of inject, unplug, replug, push
@@ -329,8 +329,8 @@ def answer(request: Request, servos: Sequence[Servo]) -> list[Reply]:
         case Instruction.SYNC_WRITE if len(params) >= 2 and to_all:
             address, length = params[:2]
             for start in range(2, len(params) - length, length + 1):
-                if servo := by_id.get(params[start]):
-                    servo.write(address, params[start + 1 : start + 1 + length])
+                if there := by_id.get(params[start]):
+                    there.write(address, params[start + 1 : start + 1 + length])
     return []
 
 

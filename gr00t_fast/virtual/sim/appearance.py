@@ -98,7 +98,7 @@ def _flat_band(low: np.ndarray, high: np.ndarray) -> Mesh:
     """Quads between two rings, each with its own normal."""
     quads = np.stack([low, np.roll(low, -1, 0), np.roll(high, -1, 0), high], 1)  # (N,4,3)
     normal = _unit(np.cross(quads[:, 2] - quads[:, 0], quads[:, 3] - quads[:, 1]))
-    first = 4 * np.arange(len(low))[:, None]
+    first = 4 * np.arange(len(low))[:, None]  # type: ignore[var-annotated]
     faces = np.concatenate([first + [0, 1, 2], first + [0, 2, 3]])
     return Mesh(quads.reshape(-1, 3), np.repeat(normal, 4, 0), faces)
 

@@ -109,7 +109,7 @@ def _place(simulation: Simulation, kinematics: GraspKinematics) -> Iterator[np.n
     block, bowl, yaw = simulation.block_m, simulation.bowl_m, simulation.block_yaw_rad
     hover = kinematics.solve(_above(block, _HOVER_M), yaw, _preferred(simulation), _WAYPOINT_M)
     grasp = kinematics.solve(_above(block, _GRASP_M), yaw, hover)
-    rim = np.array([*bowl[:2], BOWL_HEIGHT_M])
+    rim = np.array([*bowl[:2], BOWL_HEIGHT_M])  # type: ignore[index]
     over = kinematics.solve(_above(rim, _CARRY_M), None, hover, _WAYPOINT_M)
     drop = kinematics.solve(_above(rim, _DROP_M), None, over)
     yield from _move(simulation, _jaw(hover, _JAW_OPEN))
@@ -158,4 +158,4 @@ def _hold(simulation: Simulation, goal_deg: np.ndarray, ticks: int) -> Iterator[
     jaw = simulation.targets_deg[GRIPPER]
     for _ in range(ticks):
         jaw += np.clip(goal_deg[GRIPPER] - jaw, -_JAW_STEP, _JAW_STEP)
-        yield _jaw(goal_deg, jaw)
+        yield _jaw(goal_deg, jaw)  # type: ignore[arg-type]

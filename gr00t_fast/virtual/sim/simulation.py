@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
+from typing import Any
 
 import numpy as np
 
@@ -398,7 +399,8 @@ class SimArm:
         self._played = False
 
     def _frames(self) -> dict[str, np.ndarray]:
-        return {name: self.simulation.render(camera.view, camera.width, camera.height) for name, camera in self.config.cameras.items()}
+        cameras: Mapping[str, Any] = self.config.cameras
+        return {name: self.simulation.render(camera.view, camera.width, camera.height) for name, camera in cameras.items()}
 
 
 def _check_camera(name: str, camera: CameraConfig) -> None:

@@ -43,7 +43,7 @@ leave(script.main(["--robot.type=so100_sim", "--model_path=m", "--lang_instructi
 
 
 def start(log: Path, *flags: str, bug: bool = False, **streams: object) -> subprocess.Popen[bytes]:
-    code = PROGRAM.format(root=str(ROOT), tests=str(ROOT / "tests"), log=str(log), flags=list(flags), bug=bug)
+    code = PROGRAM.format(root=str(ROOT), tests=str(ROOT / "tests" / "support"), log=str(log), flags=list(flags), bug=bug)
     return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL, **streams)
 
 

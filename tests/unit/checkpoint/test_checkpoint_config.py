@@ -307,5 +307,5 @@ def test_a_hub_that_does_not_answer(error: Exception, monkeypatch: pytest.Monkey
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with pytest.raises(CheckpointError, match=f"'a/b' is no local directory, and fetching it from the hub failed: {error}"):
+    with pytest.raises(CheckpointError, match=f"'a/b' here, and fetching it from the hub failed: {error}"):
         open_checkpoint("a/b")
