@@ -284,7 +284,7 @@ try:
 except ImportError:  # Windows opens a COM port for one program only, so no lock is needed there
     fcntl = None  # type: ignore[assignment]
 
-_PTYS = ("/dev/pts/", "/dev/ttys")  # Linux, macOS
+PTYS = ("/dev/pts/", "/dev/ttys")  # Linux, macOS
 _PTY_MASTERS = ("/dev/ptmx", "/dev/pts/ptmx")
 
 
@@ -324,7 +324,7 @@ def lock_port(descriptor: int, port: str) -> None:
     except BlockingIOError as error:
         users = "; ".join(programs_using(port)) or "another program (or another arm object of this one)"
         raise RobotError(f"the serial port {port} is in use by {users}. Stop it, or choose another --robot.port.") from error
-    if not os.path.realpath(port).startswith(_PTYS) and os.getpid() != 1:
+    if not os.path.realpath(port).startswith(PTYS) and os.getpid() != 1:
         with contextlib.suppress(OSError):  # not every driver has it
             fcntl.ioctl(descriptor, termios.TIOCEXCL)
 

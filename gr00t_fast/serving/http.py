@@ -50,8 +50,8 @@ MAX_BODY_BYTES = 2**24 + 2**16  # two frames of 1920x1080 as base64; ZeroMQ carr
 MAX_CONNECTIONS = 256  # further requests are answered with 503
 MAX_WEBSOCKETS = 32  # at once: each may hold a message
 BODY_S = 30.0  # for all of a body
-_HEADER_S = 10.0  # from a connection's begin until it has sent the whole header of a request
-_IDLE_S = 30  # from an answer to the whole header of the connection's next request
+HEADER_S = 10.0  # from a connection's begin until it has sent the whole header of a request
+IDLE_S = 30  # from an answer to the whole header of the connection's next request
 _STOP_S = 1
 _HEALTH = b'{"status":"healthy","model":"GR00T"}'
 _Event = dict[str, Any]
@@ -247,7 +247,7 @@ class HttpPolicyServer(PolicyServerBase):
             server_header=False,
             proxy_headers=False,  # would believe whoever calls from this machine
             limit_concurrency=MAX_CONNECTIONS,
-            timeout_keep_alive=_IDLE_S,
+            timeout_keep_alive=IDLE_S,
             backlog=64,  # asyncio accepts as many before it turns to its clients again
             timeout_graceful_shutdown=_STOP_S,
         )
@@ -270,11 +270,11 @@ def _h11_protocol() -> type[asyncio.Protocol]:
     class TimedProtocol(H11Protocol):
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            self._limit = self.loop.call_later(_HEADER_S, self._end_unless_asked, self.cycle)
+            self._limit = self.loop.call_later(HEADER_S, self._end_unless_asked, self.cycle)
 
         def on_response_complete(self) -> None:
             self._limit.cancel()
-            self._limit = self.loop.call_later(_IDLE_S, self._end_unless_asked, self.cycle)
+            self._limit = self.loop.call_later(IDLE_S, self._end_unless_asked, self.cycle)
             super().on_response_complete()  # may begin with the next request
 
         def connection_lost(self, exc: Exception | None) -> None:

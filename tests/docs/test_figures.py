@@ -162,13 +162,13 @@ class Parsed(BaseException):
 
 @pytest.mark.parametrize("name", figures.FIGURES)
 def test_every_command_is_understood_by_its_program(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    build = parse._build
+    build = parse.build
 
     def build_and_end(*arguments: object) -> None:
         build(*arguments)
         raise Parsed
 
-    monkeypatch.setattr(parse, "_build", build_and_end)
+    monkeypatch.setattr(parse, "build", build_and_end)
     monkeypatch.chdir(ROOT)
     for command in figures.FIGURES[name].commands:
         words = figures.words_of(command, tmp_path)

@@ -234,14 +234,14 @@ class Simulation:
         check_picture(view, width, height)
         with self.lock:
             positions, rotations = self.data.xpos.copy(), self.data.xmat.reshape(-1, 3, 3).copy()
-            camera = self._camera(view, width, height)
+            camera = self.camera(view, width, height)
         with self._render_lock:
             if self._renderer is None:
                 bodies = [self.model.body(i).name for i in range(self.model.nbody)]
                 self._renderer = SceneRenderer(bodies, with_bowl=self.task == "place")
             return self._renderer.draw(positions, rotations, camera, view, samples)
 
-    def _camera(self, view: str, width: int, height: int) -> Pinhole:
+    def camera(self, view: str, width: int, height: int) -> Pinhole:
         index = self.model.camera(view).id
         axes = self.data.cam_xmat[index].reshape(3, 3) * [1, -1, -1]  # MuJoCo: right, up, backward
         return Pinhole(self.data.cam_xpos[index].copy(), axes, float(self.model.cam_fovy[index]), width, height)

@@ -46,6 +46,7 @@ def test_it_has_the_package_and_the_demo_and_is_small(wheel: Path) -> None:
     assert wheel.stat().st_size <= LARGEST_BYTES
 
 
+@pytest.mark.slow
 def test_the_demo_runs_from_it_in_an_empty_directory(wheel: Path, tmp_path: Path) -> None:
     pytest.importorskip("mujoco")
     pytest.importorskip("imageio_ffmpeg")
