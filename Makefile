@@ -2,6 +2,7 @@
 PYTHON ?= python3
 OUT ?= outputs/gpu_check
 GPU_CHECK_FLAGS ?=
+FIGURES ?=
 BENCH_FLAGS ?= --size=demo --device=auto --seed=0 --out=outputs/bench_policy
 BIN := .venv/bin
 PINS := setup.cfg pyproject.toml requirements/constraints.txt
@@ -19,9 +20,8 @@ INSTALL := PIP_CONSTRAINT="$(CURDIR)/requirements/constraints.txt" PIP_BUILD_CON
 INSTALL_LEROBOT_06 = PIP_CONSTRAINT="$(CURDIR)/requirements/constraints-py312.txt" PIP_BUILD_CONSTRAINT="$(CURDIR)/requirements/constraints-py312.txt" \
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --editable
 DEMO := outputs/demo
-RUN_DEMO := so100_inference_optimized.py --config_path=configs/so100_sim.yaml --model_path=checkpoints/so100-sim-reach --timeout=3 --episodes=3 --seed=0
 
-.PHONY: help demo test test-slow test-page test-lerobot-0.6 demo-python3.13 test-python3.13 python312 python313 test-ray soak lint bench gpu-check clean
+.PHONY: help demo test test-slow test-page test-lerobot-0.6 demo-python3.13 test-python3.13 python312 python313 test-ray soak lint bench figures gpu-check clean
 
 help:
 	@echo "make demo       a simulated SO-100, reaches for blocks, driven from its camera by a small trained network; leaves a video, a plot and a report"
@@ -34,15 +34,12 @@ help:
 	@echo "make soak       the long forms of some tests, several minutes on a quiet machine"
 	@echo "make lint       ruff, mypy, and the import arrow"
 	@echo "make bench      inference time, a few minutes"
+	@echo "make figures    remake the figures that README and docs quote, as far as this machine can; some of them: FIGURES=\"sync threaded\""
 	@echo "make gpu-check  GPU tests and benchmarks; needs no installation where '$(PYTHON)' has torch with CUDA"
 	@echo "make clean      remove .venv, .venv312, .venv313 and everything made"
 
 demo: .venv/.demo
-	$(BIN)/python $(RUN_DEMO) --out=$(DEMO) --video=$(DEMO)/demo.mp4 --overwrite
-	@echo
-	@echo "picture: $(DEMO)/joints.png"
-	@echo "video:   $(DEMO)/demo.mp4"
-	@echo "report:  $(DEMO)/report.html (and report.txt, report.json)"
+	$(BIN)/python -m gr00t_fast demo --out=$(DEMO)
 
 # One thread each: on a busy machine OpenMP's spin barriers make two threads slower than one. Files stay whole: what they set up is shared by their tests.
 # A test that hangs says where after five minutes; the longest takes half a minute, and three times as long beside four busy jobs.
@@ -65,7 +62,7 @@ test-lerobot-0.6: .venv312/.robottest
 	OMP_NUM_THREADS=1 .venv312/bin/python $(TEST) -m realtime $(ARM_TESTS)
 
 demo-python3.13: .venv313/.robottest
-	.venv313/bin/python $(RUN_DEMO) --out=$(DEMO)-3.13 --overwrite
+	.venv313/bin/python -m gr00t_fast demo --out=$(DEMO)-3.13
 
 test-python3.13: .venv313/.robottest
 	OMP_NUM_THREADS=1 .venv313/bin/python $(TOGETHER) -m "not realtime" $(QUICK_TESTS)
@@ -94,6 +91,9 @@ lint: .venv/.dev
 
 bench: .venv/.dev
 	$(BIN)/python benchmarks/bench_policy.py $(BENCH_FLAGS)
+
+figures: .venv/.dev
+	$(BIN)/python benchmarks/figures.py $(if $(FIGURES),--figures $(FIGURES))
 
 gpu-check:
 	@if $(PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null; then \

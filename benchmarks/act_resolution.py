@@ -28,7 +28,7 @@ from benchmarks.lib import program
 from benchmarks.lib.policy_zoo import JOINTS, Setting, build_act, build_smolvla, observation_of
 from gr00t_fast.base.errors import ConfigError, check_ranges
 from gr00t_fast.base.flags import size_of
-from gr00t_fast.base.measurement import StageTimer, percentiles
+from gr00t_fast.base.measurement import StageTimer, paired_ratio, percentiles
 from gr00t_fast.engine import select_device
 
 _FIGURES = ("refill_ms", "training_step_ms")
@@ -136,7 +136,7 @@ def measure(network: NetworkAtResolutions, sizes: Mapping[str, program.Size], co
         name: {
             "tokens": network.tokens(sizes[name]),
             **{what: percentiles(values) for what, values in found.items()},
-            "times_faster_than_first": {what: program.paired_ratio(samples[first][what], values)["median"] for what, values in found.items()},
+            "times_faster_than_first": {what: paired_ratio(samples[first][what], values)["median"] for what, values in found.items()},
         }
         for name, found in samples.items()
     }

@@ -125,24 +125,6 @@ def write_random_checkpoint(
     return out
 
 
-def checkpoint_in(
-    directory: Path,
-    name: str,
-    size: str,
-    data_config: str = "so100",
-    seed: int = 0,
-    resolution: tuple[int, int] = (640, 480),
-    network: NetworkName = "n1.5",
-) -> Path:
-    """The random checkpoint of these settings in `directory`, written once. Its name begins with `name` and tells what is not the default."""
-    width, height = resolution
-    told = ((network, "n1.5"), (data_config, "so100"), (f"seed{seed}", "seed0"), (f"{width}x{height}", "640x480"))
-    path = directory / "-".join([name, size, *(text for text, default in told if text != default)])
-    if not ((path / "config.json").exists() and any(path.glob("model*.safetensors"))):
-        write_random_checkpoint(path, size, data_config, resolution, seed=seed, network=network)
-    return path
-
-
 def network_config(size: str, published_vocabulary: bool, network: NetworkName = "n1.5") -> tuple[dict[str, Any], dict[str, Any]]:
     """config.json, and Eagle's config.json or the backbone_config.json of N1.6 and N1.7, of a network of that size."""
     if size != "full":

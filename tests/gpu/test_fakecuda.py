@@ -1,5 +1,5 @@
 """What engines ask of a CUDA device, on one that is not there: no recording holds what CUDA refuses, a call is one upload, one launch, one download
-and one wait, a second one allocates nothing, and graphs and memory are the committed figures (benchmarks/results/gpu_graphs.json), which stand in
+and one wait, a second one allocates nothing, and graphs and memory are the committed figures (tests/golden/gpu_graphs.json), which stand in
 for milliseconds until a GPU gives some."""
 
 from __future__ import annotations

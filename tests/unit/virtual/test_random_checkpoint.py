@@ -9,13 +9,14 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
+from benchmarks.lib.program import checkpoint_in
 from gr00t_fast import load_policy
 from gr00t_fast.cli.random_checkpoint import main
 from gr00t_fast.model import Gr00t
 from gr00t_fast.networks import n1d5
 from gr00t_fast.networks.n1d5 import IMAGE_TOKEN, PUBLISHED_EAGLE
 from gr00t_fast.virtual import random_checkpoint
-from gr00t_fast.virtual.random_checkpoint import checkpoint_in, network_config, write_random_checkpoint, write_tokenizer
+from gr00t_fast.virtual.random_checkpoint import network_config, write_random_checkpoint, write_tokenizer
 
 WEIGHTS = "model.safetensors"
 
