@@ -7,10 +7,10 @@
     python -m benchmarks.gpu_check             # all of them; 29 minutes at most
     python -m benchmarks.gpu_check --device=cpu --size=tiny    # a rehearsal of what runs without a GPU, which shows that it runs and nothing else
 
-Needs a Python with torch (CUDA), triton, numpy, safetensors, tokenizers and opencv, and for step A pytest; what else is missing is said and not
+Needs a Python with torch (CUDA), triton, numpy, safetensors, tokenizers and opencv, and for step A pytest; what else is missing is named and not
 counted as passed. Each part of a step has a limit of its own: one that hangs costs only itself. In --out stay
 one JSON file and one log per step, and result.txt: a table, and whether what the project promises of an H200 was kept by the steps so far. A broken
-promise is said and does not change the exit code, which is about parts that broke.
+promise is named and does not change the exit code, which is about parts that broke.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def parts_of(step: Name, device: str, size: str, scratch: Path) -> list[Part]:
 
     if step == "B":
         graph = ("eager", "cuda_graph") if device == "cuda" else ("eager",)
-        reference = ("reference",) if all(map(_is_there, ("lerobot", "transformers"))) else ()
+        reference = ("reference",) if all(map(is_installed, ("lerobot", "transformers"))) else ()
         at_rate = ("--at_hz=30", "--at_hz_seconds=10" if device == "cuda" else "--at_hz_seconds=0.2")
         return [
             engines("trained", 120.0, (*graph, *reference), *trained),
@@ -182,7 +182,7 @@ def parts_of(step: Name, device: str, size: str, scratch: Path) -> list[Part]:
             engines("compiled full", _COMPILING_S, ("eager", "cuda_graph", "compiled"), *full, "--frames=4", needs_gpu=True),
         ]
     built = scratch / "engines"
-    library = next((name for name in ("tensorrt_rtx", "tensorrt") if _is_there(name)), "tensorrt_rtx or tensorrt")
+    library = next((name for name in ("tensorrt_rtx", "tensorrt") if is_installed(name)), "tensorrt_rtx or tensorrt")
     needed: dict[str, Any] = {"needs": ("onnx", "onnxscript", library), "needs_gpu": True}
     return [
         Part("build TensorRT", ("export/to_tensorrt.py", f"--model_path={TRAINED}", f"--out={built}"), 150.0, False, **needed),
@@ -227,10 +227,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def has_gpu() -> bool:
-    return _is_there("torch") and importlib.import_module("torch").cuda.is_available()
+    return is_installed("torch") and importlib.import_module("torch").cuda.is_available()
 
 
-def _is_there(package: str) -> bool:
+def is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
@@ -255,7 +255,7 @@ def run_step(step: Name, device: str, size: str, out: Path) -> tuple[list[Outcom
 
 def run_part(part: Part, device: str, log: Path) -> Outcome:
     """Tests that were all skipped have not run; a benchmark ends in one line of JSON, and anything else is a failure. Output goes to `log`."""
-    missing = [package for package in (*_NEEDED, *part.needs) if not _is_there(package)]
+    missing = [package for package in (*_NEEDED, *part.needs) if not is_installed(package)]
     if missing or (part.needs_gpu and device != "cuda"):
         return Outcome(part.name, "not run", 0.0, f"not installed: {', '.join(missing)}" if missing else "needs a GPU")
     print(f"--- {part.name}: at most {part.limit_s:.0f} s, output in {log}", flush=True)

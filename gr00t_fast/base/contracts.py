@@ -75,7 +75,7 @@ class PolicyMetadata:
     action_statistics: Mapping[str, PartStatistics]
     trained_horizon: int
     letterbox: Letterbox | None = None  # of N1.6 and N1.7
-    n_action_steps: int | None = None  # how many actions of a chunk a run plays unless it is told otherwise; None: all
+    n_action_steps: int | None = None  # how many actions of a chunk a run plays by default; None: all
     fingerprint: str | None = None  # of a policy on our server: what each of its answers carries
 
 

@@ -130,7 +130,7 @@ def git_commit() -> str | None:
 
 
 def command_line() -> str:
-    """Of this program, as a shell would need it."""
+    """The command line of this program, as a shell would need it."""
     return shlex.join(sys.argv)
 
 

@@ -182,7 +182,7 @@ def make_all(options: BenchOptions, device: torch.device, say: Say) -> tuple[Mad
 
 
 def _makers(options: BenchOptions, at: Path) -> dict[str, Callable[[Path], object]]:
-    """Of each directory of _CANDIDATES: what makes it."""
+    """What makes each directory of _CANDIDATES."""
     from gr00t_fast.export.onnx import export_checkpoint
     from gr00t_fast.export.quantise import quantise
     from gr00t_fast.export.tensorrt import build_checkpoint
@@ -201,7 +201,7 @@ def _makers(options: BenchOptions, at: Path) -> dict[str, Callable[[Path], objec
 
 
 def _camera_size(options: BenchOptions, checkpoint: Checkpoint) -> str:
-    """Of the first frame in --observations: what exports are made for."""
+    """WIDTHxHEIGHT of the first frame in --observations: what exports are made for."""
     from gr00t_fast.export.verify import transforms_only
 
     names = ("embodiment_tag", "data_config", "processor_path", "letterbox")

@@ -317,7 +317,7 @@ def _actions(reply: Any) -> dict[str, np.ndarray]:
 
 
 def _code(reply: dict[str, Any]) -> str:
-    """Of an error; NVIDIA's servers tell theirs by the text alone."""
+    """The code of an error; NVIDIA's servers give a text alone."""
     codes = (code for text, code in _CODES_OF_TEXTS.items() if text in str(reply["error"]))
     return str(reply.get("code", "")) or next(codes, "")
 

@@ -125,7 +125,7 @@ def test_it_says_when_there_is_no_gpu(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_a_package_that_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with torch and little else: nothing is started that would fail at an import."""
-    monkeypatch.setattr(gpu_check, "_is_there", lambda package: package != "tokenizers")
+    monkeypatch.setattr(gpu_check, "is_installed", lambda package: package != "tokenizers")
     outcomes = [run_part(part, "cuda", tmp_path / "log") for part in parts_of("B", "cuda", "full", tmp_path)]
     assert {(outcome.outcome, outcome.detail) for outcome in outcomes} == {("not run", "not installed: tokenizers")}
 
