@@ -21,7 +21,7 @@ INSTALL_LEROBOT_06 = PIP_CONSTRAINT="$(CURDIR)/requirements/constraints-py312.tx
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --editable
 DEMO := outputs/demo
 
-.PHONY: help demo test test-slow test-page test-lerobot-0.6 demo-python3.13 test-python3.13 python312 python313 test-ray soak lint bench figures gpu-check clean
+.PHONY: help demo test test-slow test-page test-lerobot-0.6 demo-python3.13 test-python3.13 python312 python313 test-ray soak lint bench docs figures gpu-check clean
 
 help:
 	@echo "make demo       a simulated SO-100, reaches for blocks, driven from its camera by a small trained network; leaves a video, a plot and a report"
@@ -35,6 +35,7 @@ help:
 	@echo "make lint       ruff, mypy, and the import arrow"
 	@echo "make bench      inference time, a few minutes"
 	@echo "make figures    remake the figures that README and docs quote, as far as this machine can; some of them: FIGURES=\"sync threaded\""
+	@echo "make docs       pages of the Python interface from its docstrings, in outputs/docs"
 	@echo "make gpu-check  GPU tests and benchmarks; needs no installation where '$(PYTHON)' has torch with CUDA"
 	@echo "make clean      remove .venv, .venv312, .venv313 and everything made"
 
@@ -94,6 +95,9 @@ bench: .venv/.dev
 
 figures: .venv/.dev
 	$(BIN)/python benchmarks/figures.py $(if $(FIGURES),--figures $(FIGURES))
+
+docs: .venv/.dev
+	$(BIN)/python docs/api.py outputs/docs
 
 gpu-check:
 	@if $(PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null; then \
