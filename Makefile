@@ -2,6 +2,7 @@
 PYTHON ?= python3
 OUT ?= outputs/gpu_check
 GPU_CHECK_FLAGS ?=
+FIGURES ?=
 BENCH_FLAGS ?= --size=demo --device=auto --seed=0 --out=outputs/bench_policy
 BIN := .venv/bin
 PINS := setup.cfg pyproject.toml requirements/constraints.txt
@@ -11,7 +12,7 @@ find_python = $(shell for candidate in python3.$(1) $$HOME/.pyenv/versions/3.$(1
 PYTHON312 ?= $(call find_python,12)
 PYTHON313 ?= $(call find_python,13)
 ARM_TESTS := tests/unit/robots/test_so100_follower.py tests/unit/virtual/test_feetech_bus.py tests/realtime/test_faults.py tests/realtime/test_watchdog.py tests/realtime/test_put_down.py tests/unit/cli/test_cli.py \
-	tests/realtime/test_end_to_end.py tests/contract/test_lerobot_plugin.py
+	tests/realtime/test_end_to_end.py tests/contract/test_lerobot_plugin.py tests/unit/flags
 QUICK_TESTS := tests/unit/control/test_modes.py tests/unit/control/test_loop.py tests/unit/control/test_limits.py tests/unit/control/test_threaded.py tests/unit/virtual/test_feetech_bus.py tests/unit/robots/test_so100_follower.py
 # By the environment, and not by --constraint alone: only so it reaches the tools that build packages, too.
 INSTALL := PIP_CONSTRAINT="$(CURDIR)/requirements/constraints.txt" PIP_BUILD_CONSTRAINT="$(CURDIR)/requirements/constraints.txt" \
@@ -19,13 +20,13 @@ INSTALL := PIP_CONSTRAINT="$(CURDIR)/requirements/constraints.txt" PIP_BUILD_CON
 INSTALL_LEROBOT_06 = PIP_CONSTRAINT="$(CURDIR)/requirements/constraints-py312.txt" PIP_BUILD_CONSTRAINT="$(CURDIR)/requirements/constraints-py312.txt" \
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --editable
 DEMO := outputs/demo
-RUN_DEMO := so100_inference_optimized.py --config_path=configs/so100_sim.yaml --model_path=checkpoints/so100-sim-reach --timeout=3 --episodes=3 --seed=0
 
-.PHONY: help demo test test-page test-lerobot-0.6 demo-python3.13 test-python3.13 python312 python313 test-ray soak lint bench gpu-check clean
+.PHONY: help demo test test-slow test-page test-lerobot-0.6 demo-python3.13 test-python3.13 python312 python313 test-ray soak lint bench docs figures gpu-check clean
 
 help:
 	@echo "make demo       a simulated SO-100, reaches for blocks, driven from its camera by a small trained network; leaves a video, a plot and a report"
-	@echo "make test       all tests that need no GPU, trained weights or arm"
+	@echo "make test       the tests that need no GPU, trained weights or arm"
+	@echo "make test-slow  the rest of them: whole programs and studies of ten seconds and more"
 	@echo "make test-lerobot-0.6   the tests of the arm with lerobot 0.6, which needs Python 3.12, in .venv312"
 	@echo "make demo-python3.13, test-python3.13   the demo, and quick tests of control loop and arm, on Python 3.13, in .venv313"
 	@echo "make test-page  the page of a run in a real browser, Chromium"
@@ -33,36 +34,39 @@ help:
 	@echo "make soak       the long forms of some tests, several minutes on a quiet machine"
 	@echo "make lint       ruff, mypy, and the import arrow"
 	@echo "make bench      inference time, a few minutes"
+	@echo "make figures    remake the figures that README and docs quote, as far as this machine can; some of them: FIGURES=\"sync threaded\""
+	@echo "make docs       pages of the Python interface from its docstrings, in outputs/docs"
 	@echo "make gpu-check  GPU tests and benchmarks; needs no installation where '$(PYTHON)' has torch with CUDA"
 	@echo "make clean      remove .venv, .venv312, .venv313 and everything made"
 
 demo: .venv/.demo
-	$(BIN)/python $(RUN_DEMO) --out=$(DEMO) --video=$(DEMO)/demo.mp4 --overwrite
-	@echo
-	@echo "picture: $(DEMO)/joints.png"
-	@echo "video:   $(DEMO)/demo.mp4"
-	@echo "report:  $(DEMO)/report.html (and report.txt, report.json)"
+	$(BIN)/python -m gr00t_fast demo --out=$(DEMO)
 
 # One thread each: on a busy machine OpenMP's spin barriers make two threads slower than one. Files stay whole: what they set up is shared by their tests.
 # A test that hangs says where after five minutes; the longest takes half a minute, and three times as long beside four busy jobs.
-# Tests in real time run alone, after the others. No test is run again.
+# Tests in real time run alone, after the others, and those of the page in a browser have a target of their own. No test is run again.
 TEST_JOBS ?= 2
-TEST := -m pytest -q -o faulthandler_timeout=300
-TOGETHER := $(TEST) --numprocesses=$(TEST_JOBS) --dist=loadfile -m "not realtime"
-ALONE := $(TEST) -m realtime
+TEST := -m pytest -q -o faulthandler_timeout=300 --ignore=tests/browser
+# With COVERAGE=1 those that run together leave .coverage; tests in real time are not slowed down by it.
+COVER := $(if $(COVERAGE),--cov=gr00t_fast --cov-report=)
+TOGETHER := $(TEST) --numprocesses=$(TEST_JOBS) --dist=loadfile
 test: .venv/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python $(TOGETHER)
-	OMP_NUM_THREADS=1 $(BIN)/python $(ALONE)
+	OMP_NUM_THREADS=1 $(BIN)/python $(TOGETHER) $(COVER) -m "not realtime and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python $(TEST) -m "realtime and not slow"
+
+test-slow: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python $(TOGETHER) $(COVER) $(if $(COVERAGE),--cov-append) -m "slow and not realtime"
+	OMP_NUM_THREADS=1 $(BIN)/python $(TEST) -m "slow and realtime"
 
 test-lerobot-0.6: .venv312/.robottest
-	OMP_NUM_THREADS=1 .venv312/bin/python $(TOGETHER) $(ARM_TESTS)
-	OMP_NUM_THREADS=1 .venv312/bin/python $(ALONE) $(ARM_TESTS)
+	OMP_NUM_THREADS=1 .venv312/bin/python $(TOGETHER) -m "not realtime" $(ARM_TESTS)
+	OMP_NUM_THREADS=1 .venv312/bin/python $(TEST) -m realtime $(ARM_TESTS)
 
 demo-python3.13: .venv313/.robottest
-	.venv313/bin/python $(RUN_DEMO) --out=$(DEMO)-3.13 --overwrite
+	.venv313/bin/python -m gr00t_fast demo --out=$(DEMO)-3.13
 
 test-python3.13: .venv313/.robottest
-	OMP_NUM_THREADS=1 .venv313/bin/python $(TOGETHER) $(QUICK_TESTS)
+	OMP_NUM_THREADS=1 .venv313/bin/python $(TOGETHER) -m "not realtime" $(QUICK_TESTS)
 
 # Chromium and its driver are installed where that is possible without a question; otherwise the tests are skipped, and say so.
 test-page: .venv/.dev
@@ -88,6 +92,12 @@ lint: .venv/.dev
 
 bench: .venv/.dev
 	$(BIN)/python benchmarks/bench_policy.py $(BENCH_FLAGS)
+
+figures: .venv/.dev
+	$(BIN)/python benchmarks/figures.py $(if $(FIGURES),--figures $(FIGURES))
+
+docs: .venv/.dev
+	$(BIN)/python docs/api.py outputs/docs
 
 gpu-check:
 	@if $(PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null; then \

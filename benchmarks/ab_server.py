@@ -34,7 +34,7 @@ from benchmarks.lib import many_arms, program
 from benchmarks.lib.served_policy import ServedPolicy
 from gr00t_fast.base.errors import Gr00tFastError, check_ranges
 from gr00t_fast.base.flags import size_of
-from gr00t_fast.base.measurement import percentiles
+from gr00t_fast.base.measurement import paired_ratio, percentiles
 from gr00t_fast.evaluation.bench import observations_of, random_noise
 from gr00t_fast.inputs.data_config import load_data_config
 from gr00t_fast.serving import PolicyClient
@@ -287,7 +287,7 @@ def figures(plan: Plan, measured: Measurement) -> dict[str, Any]:
         "arms": [{"arm": str(setup), **asdict(setup), "latency_ms": latency[setup]} for setup in plan.setups],
         "others": {name: p for name, p in latency.items() if isinstance(name, str)},
         "all_factors": paired(times[baseline], times[ours]),
-        "ratio": program.paired_ratio(times[baseline], times[ours]),
+        "ratio": paired_ratio(times[baseline], times[ours]),
         "waterfall": [worth(contrast) for contrast in plan.path],
         "alone": [worth(contrast) for contrast in plan.alone],
     }

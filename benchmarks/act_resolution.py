@@ -5,7 +5,7 @@
 
 For each resolution: tokens of the encoder, time of a refill (one chunk for one observation, from uint8 frames) and of a training step (forward,
 backward, AdamW as lerobot sets it up, on random samples; loading data is not in it). One network of each kind serves all resolutions: ACT takes
-pictures of any size. Weights are random: speed does not depend on them, and nothing is said about how well a policy does its task. Resolutions take
+pictures of any size. Weights are random: speed does not depend on them, and the figures do not say how well a policy does its task. Resolutions take
 turns, shuffled anew every round, after a round that is not counted.
 """
 
@@ -28,7 +28,7 @@ from benchmarks.lib import program
 from benchmarks.lib.policy_zoo import JOINTS, Setting, build_act, build_smolvla, observation_of
 from gr00t_fast.base.errors import ConfigError, check_ranges
 from gr00t_fast.base.flags import size_of
-from gr00t_fast.base.measurement import StageTimer, percentiles
+from gr00t_fast.base.measurement import StageTimer, paired_ratio, percentiles
 from gr00t_fast.engine import select_device
 
 _FIGURES = ("refill_ms", "training_step_ms")
@@ -67,7 +67,7 @@ class NetworkAtResolutions:
         return timer.finish()["total"]
 
     def tokens(self, size: program.Size) -> int:
-        """Of ACT all that enter the transformer's encoder (latent, state, pictures); of SmolVLA those of one picture, behind the connector."""
+        """ACT: all that enter the transformer's encoder (latent, state, pictures). SmolVLA: those of one picture, behind the connector."""
         seen: list[int] = []
         if self._network == "act":  # (S, B, D)
             hook = self._arm.policy.model.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[0]))
@@ -136,7 +136,7 @@ def measure(network: NetworkAtResolutions, sizes: Mapping[str, program.Size], co
         name: {
             "tokens": network.tokens(sizes[name]),
             **{what: percentiles(values) for what, values in found.items()},
-            "times_faster_than_first": {what: program.paired_ratio(samples[first][what], values)["median"] for what, values in found.items()},
+            "times_faster_than_first": {what: paired_ratio(samples[first][what], values)["median"] for what, values in found.items()},
         }
         for name, found in samples.items()
     }

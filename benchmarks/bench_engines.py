@@ -71,6 +71,9 @@ class LaboratoryBench(Bench):
         path = options.out / f"random-{options.size}-{options.network}"
         return write_random_checkpoint(path, options.size, options.data_config or DEFAULT_DATA_CONFIG, weights=False, network=options.network)
 
+    def weights(self) -> list[str]:
+        return [] if self._on_device else super().weights()
+
     def network(self, dtype: torch.dtype, meta: bool = False) -> Gr00t:
         if meta or not self._on_device:
             return super().network(dtype, meta)

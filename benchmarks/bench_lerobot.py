@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from benchmarks.lib import program
 from gr00t_fast.base.errors import ConfigError, check_ranges, require
-from gr00t_fast.base.measurement import percentiles
+from gr00t_fast.base.measurement import paired_ratio, percentiles
 
 CAMERAS, JOINTS, TASK, WIDTH, HEIGHT = ("front", "wrist"), 6, "Place the block in the bowl", 640, 480
 
@@ -185,7 +185,7 @@ def measure(config: BenchLerobotFlags) -> program.Result:
         **{"network": "n1.7" if n1d7 else "n1.5", "lerobot": lerobot.__version__, "threads": torch.get_num_threads()},
         **{name: getattr(config, name) for name in ("size", "precision", "rounds")},
         "times_ms": {name: percentiles(times) for name, times in times_ms.items()},
-        "speed_up": program.paired_ratio(times_ms["lerobot"], times_ms["gr00t_fast"]),
+        "speed_up": paired_ratio(times_ms["lerobot"], times_ms["gr00t_fast"]),
         "difference_joint_units": {"largest": float(difference.max()), "median": float(np.median(difference))},
         **program.provenance(config.seed),
     }

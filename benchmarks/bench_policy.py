@@ -29,7 +29,7 @@ from benchmarks.lib import program
 from benchmarks.lib.reference import reference_engine
 from benchmarks.lib.work import measure_ceilings, stage_work
 from gr00t_fast.base.errors import ConfigError, check_ranges
-from gr00t_fast.base.measurement import StageTimer, percentiles
+from gr00t_fast.base.measurement import StageTimer, paired_ratio, percentiles
 from gr00t_fast.engine import EXPORTED, check_engine, make_engine, open_engine, select_device, select_precision
 from gr00t_fast.engine.manifest import target_of
 from gr00t_fast.model import Gr00t, ModelInputs
@@ -78,9 +78,9 @@ def run(arguments: Config) -> dict[str, Any]:
         **{"precision": str(dtype).removeprefix("torch."), "denoising_steps": steps, "cameras": arguments.cameras, "rounds": arguments.rounds},
         "parameters": sum(p.numel() for p in model.parameters()),
         "times_ms": {arm: {stage: percentiles(values) for stage, values in stages.items()} for arm, stages in times.items()},
-        "speed_up": program.paired_ratio(times["reference"]["total"], times["ours"]["total"]) if reference else None,
+        "speed_up": paired_ratio(times["reference"]["total"], times["ours"]["total"]) if reference else None,
         # on a shared machine what was computed says more than how long it took; a GPU's work is not in it
-        "speed_up_in_processor_time": program.paired_ratio(busy["reference"], busy["ours"]) if reference and device.type == "cpu" else None,
+        "speed_up_in_processor_time": paired_ratio(busy["reference"], busy["ours"]) if reference and device.type == "cpu" else None,
         "processor_ms": {arm: percentiles(values) for arm, values in busy.items()},
         "difference": difference,
         "floor_ms": {**floors, "total": round(sum(floors.values()), 3)},

@@ -410,7 +410,7 @@ class Config:
     servo_lag_ms: float | None = None  # how far a moving joint trails its target; default: the motors' 90 to 103; a real SO-101: 133 to 200
     episode_s: float = 10.0  # length of an episode
     deadlines_s: list[float] = field(default_factory=lambda: [1.0, 2.0])  # success is also counted within these
-    lang_instruction: str = "Reach the block"  # what the policy is told
+    lang_instruction: str = "Reach the block"  # the instruction that the policy gets
     jobs: int = os.cpu_count() or 1  # processes; default: one per core
     device: str = "cpu"  # of the torch engines
     seed: int = 0  # of the noise

@@ -7,10 +7,10 @@
     python -m benchmarks.gpu_check             # all of them; 29 minutes at most
     python -m benchmarks.gpu_check --device=cpu --size=tiny    # a rehearsal of what runs without a GPU, which shows that it runs and nothing else
 
-Needs a Python with torch (CUDA), triton, numpy, safetensors, tokenizers and opencv, and for step A pytest; what else is missing is said and not
+Needs a Python with torch (CUDA), triton, numpy, safetensors, tokenizers and opencv, and for step A pytest; what else is missing is named and not
 counted as passed. Each part of a step has a limit of its own: one that hangs costs only itself. In --out stay
-one JSON file and one log per step, and result.txt: a table, and whether what the project promises of an H200 was kept by the steps so far. A broken
-promise is said and does not change the exit code, which is about parts that broke.
+one JSON file and one log per step, certificate.json, which is fit to be sent to us (docs/gpu.md), and result.txt: a table, and whether what the
+project promises of an H200 was kept by the steps so far. A broken promise is named and does not change the exit code.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from benchmarks.lib.program import read_flags
 from gr00t_fast.base.measurement import provenance
+from gr00t_fast.evaluation.certificate import write_certificate
 
 # --- what is promised of an H200 -----------------------------------------------------------------------------------------------------------
 
@@ -58,7 +59,7 @@ class Row:
 
 def promises(results: Iterable[Any]) -> Iterator[str]:
     """Lines: what was promised, what was measured, by which engine. results: what bench_engines left, in any order; anything else is passed over."""
-    found = [each for each in results if isinstance(each, dict) and each.get("benchmark") == "bench_engines" and "engines" in each]
+    found = comparisons(results)
     trained = [each for each in found if not each["network"].startswith("random")]
     wrong = {name for each in trained for name, engine in each["engines"].items() if not engine["within_limit"]}
     rows = [row for each in found for row in _rows(each) if row.engine not in wrong]
@@ -92,6 +93,11 @@ def promises(results: Iterable[Any]) -> Iterator[str]:
             yield _line(f"actions of {name} near eager fp32, {result['network']}", kept, detail)
     if not trained:
         yield _line("actions near eager fp32, trained network", None, None)
+
+
+def comparisons(results: Iterable[Any]) -> list[dict[str, Any]]:
+    """Those that bench_engines left."""
+    return [each for each in results if isinstance(each, dict) and each.get("benchmark") == "bench_engines" and "engines" in each]
 
 
 def _line(promise: str, kept: bool | None, detail: str | None) -> str:
@@ -169,7 +175,7 @@ def parts_of(step: Name, device: str, size: str, scratch: Path) -> list[Part]:
 
     if step == "B":
         graph = ("eager", "cuda_graph") if device == "cuda" else ("eager",)
-        reference = ("reference",) if all(map(_is_there, ("lerobot", "transformers"))) else ()
+        reference = ("reference",) if all(map(is_installed, ("lerobot", "transformers"))) else ()
         at_rate = ("--at_hz=30", "--at_hz_seconds=10" if device == "cuda" else "--at_hz_seconds=0.2")
         return [
             engines("trained", 120.0, (*graph, *reference), *trained),
@@ -182,7 +188,7 @@ def parts_of(step: Name, device: str, size: str, scratch: Path) -> list[Part]:
             engines("compiled full", _COMPILING_S, ("eager", "cuda_graph", "compiled"), *full, "--frames=4", needs_gpu=True),
         ]
     built = scratch / "engines"
-    library = next((name for name in ("tensorrt_rtx", "tensorrt") if _is_there(name)), "tensorrt_rtx or tensorrt")
+    library = next((name for name in ("tensorrt_rtx", "tensorrt") if is_installed(name)), "tensorrt_rtx or tensorrt")
     needed: dict[str, Any] = {"needs": ("onnx", "onnxscript", library), "needs_gpu": True}
     return [
         Part("build TensorRT", ("export/to_tensorrt.py", f"--model_path={TRAINED}", f"--out={built}"), 150.0, False, **needed),
@@ -220,6 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for step in config.step:
         outcomes, interrupted = run_step(step, config.device, config.size, out)
         report(step, outcomes, origin, out)
+        certify(out)
         seen |= {outcome.outcome for outcome in outcomes}
         if interrupted:
             return 130
@@ -227,10 +234,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def has_gpu() -> bool:
-    return _is_there("torch") and importlib.import_module("torch").cuda.is_available()
+    return is_installed("torch") and importlib.import_module("torch").cuda.is_available()
 
 
-def _is_there(package: str) -> bool:
+def is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
@@ -255,7 +262,7 @@ def run_step(step: Name, device: str, size: str, out: Path) -> tuple[list[Outcom
 
 def run_part(part: Part, device: str, log: Path) -> Outcome:
     """Tests that were all skipped have not run; a benchmark ends in one line of JSON, and anything else is a failure. Output goes to `log`."""
-    missing = [package for package in (*_NEEDED, *part.needs) if not _is_there(package)]
+    missing = [package for package in (*_NEEDED, *part.needs) if not is_installed(package)]
     if missing or (part.needs_gpu and device != "cuda"):
         return Outcome(part.name, "not run", 0.0, f"not installed: {', '.join(missing)}" if missing else "needs a GPU")
     print(f"--- {part.name}: at most {part.limit_s:.0f} s, output in {log}", flush=True)
@@ -302,13 +309,25 @@ def run(command: Sequence[str], log: Path, limit_s: float) -> tuple[int | None, 
 def report(step: Name, outcomes: Sequence[Outcome], origin: Mapping[str, Any], out: Path) -> None:
     """Leave STEP.json, and print a table: this step's parts, what they measured, the promises as far as all steps so far tell."""
     (out / f"{step}.json").write_text(json.dumps({**origin, "parts": [asdict(each) for each in outcomes]}, indent=1) + "\n", "utf-8")
-    known = [json.loads(file.read_text("utf-8")) for file in sorted(out.glob("[A-D].json"))]
-    promised = list(promises(part["result"] for each in known for part in each["parts"]))
+    promised = list(promises(results_in(out)))
     head = f"step {step}: {origin['machine'].get('gpu') or 'no GPU: a rehearsal'}, torch {origin['versions'].get('torch')}"
     measured = [row for each in outcomes if isinstance(each.result, dict) for row in _measured(each)]
     table = [head, *map(_row, outcomes), *measured, "promised of an H200:", *promised]
     (out / "result.txt").write_text("\n".join(table) + "\n", "utf-8")
     print("\n" + "\n".join(table), flush=True)
+
+
+def results_in(out: Path) -> list[Any]:
+    """What the parts of all steps so far left."""
+    known = [json.loads(file.read_text("utf-8")) for file in sorted(out.glob("[A-D].json"))]
+    return [part["result"] for each in known for part in each["parts"]]
+
+
+def certify(out: Path) -> None:
+    """Leave certificate.json, of all steps so far, where anything was compared."""
+    if compared := comparisons(results_in(out)):
+        passed = write_certificate(out / "certificate.json", compared, compared[-1])
+        print(f"certificate: {'pass' if passed else 'FAIL'}, {out / 'certificate.json'}; docs/gpu.md says how to send it", flush=True)
 
 
 def _row(outcome: Outcome) -> str:

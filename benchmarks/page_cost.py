@@ -27,6 +27,7 @@ import numpy as np
 
 from benchmarks.lib import program
 from gr00t_fast.base.errors import require
+from gr00t_fast.base.measurement import paired_ratio
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIENTS, PICTURE_S = 8, 0.1
@@ -128,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             row = measured(config.seconds, page)
             if counts:
                 found[page].append(row)
-    ratio = program.paired_ratio([row["p99"] for row in found[True]], [row["p99"] for row in found[False]])
+    ratio = paired_ratio([row["p99"] for row in found[True]], [row["p99"] for row in found[False]])
     result = {
         **program.provenance(config.seed),
         "clients": CLIENTS,

@@ -79,7 +79,7 @@ ARM_DEG = 15.0
 
 
 class World:
-    """The scene `place`, its cameras where they are told to be."""
+    """The scene `place`, its cameras where they should be."""
 
     def __init__(self) -> None:
         self._simulation = Simulation("place", 0)
@@ -250,7 +250,7 @@ def wrong(study: Study, how: str, count: int) -> dict[str, Any]:
 
 
 def moved(study: Study, displaced: Displaced, count: int) -> dict[str, Any]:
-    """Of the front camera: found, the way back right, how exact; of the wrist camera, displaced alike: found."""
+    """The front camera: found, the way back right, how exact. The wrist camera, displaced alike: found."""
     true = study.world.truth(displaced)
     front = study.card.cameras["front"].view
     _, where = agreement(front, front, IDENTITY)  # what has texture

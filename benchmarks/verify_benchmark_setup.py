@@ -2,7 +2,7 @@
 
     python benchmarks/verify_benchmark_setup.py
 
-A policy that cannot be built is told in its row, with what to install. Exit code 0 when every policy answered. Nothing is downloaded.
+The row of a policy that cannot be built says what to install. Exit code 0 when every policy answered. Nothing is downloaded.
 """
 
 import sys

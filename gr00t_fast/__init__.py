@@ -1,4 +1,4 @@
-"""GR00T N1.5, N1.6 and N1.7 on an SO-100 arm: one process, the reference's actions, as fast as the hardware allows.
+"""GR00T N1.5, N1.6 and N1.7 on an SO-100 arm: one process, and the actions of the code that trained the checkpoint.
 
 Importing this package imports nothing else; `load_policy` and the types are looked up when first used.
 """
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from gr00t_fast.inputs.data_config import DataConfig
     from gr00t_fast.policy import Gr00tPolicy, load_policy
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "load_policy": "policy",

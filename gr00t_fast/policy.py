@@ -68,16 +68,26 @@ def load_policy(
     revision: str | None = None,
     letterbox: str = "auto",
 ) -> Gr00tPolicy:
-    """Load a GR00T N1.5, N1.6 or N1.7 checkpoint (directory or hub id; its config.json tells which) and return a policy ready to run.
+    """Load a checkpoint of GR00T N1.5, N1.6 or N1.7 and return a policy that is ready to run.
 
-    `data_config` says what an N1.5 checkpoint reads, by default so100; the others say that themselves, and one that contradicts it is refused.
-    `revision` is the commit, tag or branch of a hub id: without a commit the weights may be others tomorrow.
-    `letterbox` ("always", "never") says of an N1.6 or N1.7 checkpoint whether its pictures were padded to a square when it was trained; by default
-    its files tell, which without `experiment_cfg/` are silent on most fine-tunes of N1.6, and on those of N1.7 of April to June 2026.
-    `denoising_steps` defaults to the checkpoint's own; `action_horizon` to the number of the data config's `action_indices`, or what the
-    checkpoint predicts if that is less. `engine_path` is the directory of an export, for engines that run one (default:
-    `<checkpoint>/exports/<engine>`); they read no weights, they compare them. An Engine of your own can stand for a name, an object with NVIDIA's
-    attributes for a data config. As in NVIDIA's Gr00tPolicy, `embodiment_tag` may be an EmbodimentTag and `device` the number of a GPU.
+    model_path: directory or hub id. Its config.json says which network it is.
+    embodiment_tag: which statistics and per-embodiment weights of the checkpoint; also NVIDIA's EmbodimentTag.
+    data_config: what an N1.5 checkpoint reads, by default so100; also an object with NVIDIA's attributes. Other checkpoints say it themselves, and a
+    data configuration that contradicts them is refused.
+    denoising_steps: by default the checkpoint's own number.
+    action_horizon: actions that a call returns; by default as many as the data config's `action_indices`, or what the checkpoint predicts if that
+    is less.
+    device: "auto", "cpu", "cuda", "cuda:1", "mps", or the number of a GPU.
+    precision: "auto", "fp32", "bf16" or "fp16".
+    engine: a name, or an Engine of your own.
+    engine_path: directory of an export, for engines that run one; by default `<checkpoint>/exports/<engine>`. Such engines do not load the weights;
+    the export is compared with them.
+    processor_path: directory with the tokenizer's files; by default they are looked up.
+    prompt_style: "plain", or "nvidia" for the brackets that NVIDIA's clients send.
+    seed: makes the noise repeatable.
+    revision: commit, tag or branch of a hub id. Without a commit the weights may be others tomorrow.
+    letterbox: "always" or "never" if pictures of an N1.6 or N1.7 checkpoint were padded to a square, or not, when it was trained; "auto" reads its
+    files. Without `experiment_cfg/` these do not say it for most fine-tunes of N1.6, and for those of N1.7 of April to June 2026.
 
     Raises ConfigError for an argument that cannot be used, CheckpointError for files that are missing, damaged or of another network, and
     EngineError for an export that does not fit. Everything small is checked before weights are read.

@@ -95,7 +95,7 @@ def drive(make: Callable[[], Policy], observation: dict[str, Any], arms: int, ch
 
 
 def _arm(pipe: Connection, observation: dict[str, Any], phase: float) -> None:
-    """In a process of its own: asks the server that it is told, for as long as it is told."""
+    """In a process of its own: asks the server that it is given, for as long as it is given."""
     end_with_parent()
     while True:
         address, token, chunk_s, duration_s = pipe.recv()

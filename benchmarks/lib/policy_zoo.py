@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.lib.program import checkpoint_in
 from gr00t_fast.base.errors import require
-from gr00t_fast.virtual.random_checkpoint import byte_tokenizer, checkpoint_in, write_json
+from gr00t_fast.virtual.random_checkpoint import byte_tokenizer, write_json
 
 JOINTS = 6
 _SMOLVLA_PROMPT_TOKENS = 10  # a short instruction in SmolVLM's own tokenizer

@@ -20,8 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from gr00t_fast.base import measurement
 from gr00t_fast.base.console import progress_bar
 from gr00t_fast.base.contracts import NetworkName
@@ -31,6 +29,7 @@ from gr00t_fast.cli.main import guarded
 from gr00t_fast.cli.others import FLAGS_OF_OTHERS
 
 EXIT_DIFFERS, EXIT_USAGE = 1, 2
+_RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 Result = dict[str, Any]
 Config, T = TypeVar("Config"), TypeVar("T")
@@ -101,11 +100,31 @@ def checkpoint_of(arguments: Any, size: str = "demo", resolution: Size = (640, 4
     cameras. Raises ConfigError."""
     if arguments.model_path:
         return Path(arguments.model_path)
-    from gr00t_fast.virtual.random_checkpoint import SO100_CONFIGS, checkpoint_in
+    from gr00t_fast.virtual.random_checkpoint import SO100_CONFIGS
 
     asked = getattr(arguments, "data_config", None)
     data_config = asked if asked in SO100_CONFIGS else "so100"  # a class of the user's own names cameras; loading says if so100 has them not
     return checkpoint_in(arguments.out, "checkpoint", size, data_config, arguments.seed, resolution, getattr(arguments, "network", "n1.5"))
+
+
+def checkpoint_in(
+    directory: Path,
+    name: str,
+    size: str,
+    data_config: str = "so100",
+    seed: int = 0,
+    resolution: Size = (640, 480),
+    network: NetworkName = "n1.5",
+) -> Path:
+    """The random checkpoint of these settings in `directory`, written once. Its name begins with `name` and tells what is not the default."""
+    from gr00t_fast.virtual.random_checkpoint import write_random_checkpoint
+
+    width, height = resolution
+    told = ((network, "n1.5"), (data_config, "so100"), (f"seed{seed}", "seed0"), (f"{width}x{height}", "640x480"))
+    path = directory / "-".join([name, size, *(text for text, default in told if text != default)])
+    if not ((path / "config.json").exists() and any(path.glob("model*.safetensors"))):
+        write_random_checkpoint(path, size, data_config, resolution, seed=seed, network=network)
+    return path
 
 
 def weights_of(arguments: Any) -> str:
@@ -161,12 +180,6 @@ def shuffled_rounds(arms: Iterable[T], rounds: int, warm_up: int = 0, seed: int 
             tick()
 
 
-def paired_ratio(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
-    """How many times longer, paired by round: median and quartiles."""
-    p25, median, p75 = np.percentile(np.asarray(slow) / np.asarray(fast), (25, 50, 75))
-    return {name: round(float(value), 3) for name, value in (("median", median), ("p25", p25), ("p75", p75))}
-
-
 # --- what it leaves ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -215,6 +228,8 @@ def finish(
         torch.set_num_threads(arguments.threads)
 
     def study() -> int:
+        if arguments.out.resolve().is_relative_to(_RESULTS):
+            raise ConfigError(f"--out={arguments.out}: only `make figures` writes there, from an unchanged checkout. Name another directory.")
         make_directory(arguments.out)
         result = run(arguments)
         table = as_table(result)

@@ -150,8 +150,8 @@ _PLACE = re.compile(r"<image-(\d+)>")
 
 
 def reference_engine(checkpoint: Path, embodiment_tag: str, device: torch.device, dtype: torch.dtype) -> ReferenceEngine:
-    """Of the checkpoint's network. Raises MissingExtraError without the packages that it needs, CheckpointError without files that it reads,
-    ConfigError for N1.6, which no library can run."""
+    """The engine of the checkpoint's network. Raises MissingExtraError without the packages that it needs, CheckpointError without files that it
+    reads, ConfigError for N1.6, which no library can run."""
     network = open_checkpoint(checkpoint, with_weights=False).network
     if network.name == "n1.6":
         raise ConfigError(f"there is no second reference of {network.title}: neither lerobot nor transformers has its tower. Leave it out.")

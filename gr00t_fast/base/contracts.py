@@ -29,8 +29,8 @@ NetworkName = Literal["n1.5", "n1.6", "n1.7"]
 class ModalityConfig:
     """Which keys of a modality the policy reads, and at which time offsets (NVIDIA's `ModalityConfig`, same field names).
 
-    action_configs: of N1.6's and N1.7's actions, how the checkpoint gives each key: rep, type, format, state_key. What `get_action` returns is
-    absolute.
+    action_configs: how a checkpoint of N1.6 or N1.7 gives each action key: rep, type, format, state_key. `get_action` always returns absolute
+    positions.
     """
 
     delta_indices: list[int]
@@ -50,8 +50,11 @@ class PartStatistics:
 
 @dataclass(frozen=True)
 class Letterbox:
-    """Whether N1.6 or N1.7 pads every picture to a square with black before it does anything else; `why` says by what that was decided. known: False
-    where the checkpoint was made by a version that padded whatever its files say, or by one that did not, and nothing tells which."""
+    """Whether N1.6 or N1.7 first pads every picture to a square with black.
+
+    why: which file or key decided it.
+    known: False if the files do not say whether the code that made the checkpoint padded pictures.
+    """
 
     pads: bool
     why: str
@@ -75,18 +78,17 @@ class PolicyMetadata:
     action_statistics: Mapping[str, PartStatistics]
     trained_horizon: int
     letterbox: Letterbox | None = None  # of N1.6 and N1.7
-    n_action_steps: int | None = None  # how many actions of a chunk a run plays unless it is told otherwise; None: all
+    n_action_steps: int | None = None  # how many actions of a chunk a run plays by default; None: all
     fingerprint: str | None = None  # of a policy on our server: what each of its answers carries
 
 
 @dataclass(frozen=True)
 class ActionPrefix:
-    """What the chunk that plays now still holds from the new observation on: the next chunk is to continue it.
+    """The actions that are left of the chunk that plays now. The next chunk continues them.
 
-    actions: `action.<part>` in joint units, (L, D) or (B, L, D) as the observation is batched; row 0 is due at the observation's own tick.
-    inference_delay: so many rows are expected to have been executed when the new chunk arrives (0 <= inference_delay <= L), and come back exactly as
-    they were given; the rest may still change, the sooner due the less. A chunk that arrives later than expected joins at a row that could change.
-    They are mixed in at every denoising step: in full within the delay, then the less the later they are due.
+    actions: `action.<part>` in joint units, (L, D), or (B, L, D) for a batch. Row 0 is due at the observation's own tick.
+    inference_delay: how many rows will have been executed when the new chunk arrives (0 <= inference_delay <= L). These come back exactly as they
+    were given. Later rows may change, the more the later they are due. A chunk that arrives later than expected joins at a row that could change.
     """
 
     actions: Mapping[str, np.ndarray]

@@ -50,7 +50,7 @@ class Keys:
     """Use as a context manager, in the main thread. `poll` names what was pressed: RIGHT, LEFT, ESCAPE, ENTER, BACKSPACE or a character."""
 
     def __init__(self, descriptor: int | None = None, now_s: Callable[[], float] = time.monotonic) -> None:
-        """Of stdin, if not said otherwise. Changes nothing yet."""
+        """descriptor: of a terminal, default stdin. Changes nothing yet."""
         self._descriptor, self._now_s = sys.stdin.fileno() if descriptor is None else descriptor, now_s
         self._saved: list[Any] | None = None
         self._handlers: dict[int, object] = {}

@@ -63,6 +63,12 @@ def percentiles(samples: Iterable[float]) -> dict[str, float] | None:
     }
 
 
+def paired_ratio(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
+    """How many times longer `slow` took, paired by round: median and quartiles."""
+    ratios = np.asarray(slow) / np.maximum(fast, 1e-6)
+    return {name: round(float(np.percentile(ratios, share)), 3) for name, share in (("median", 50), ("p25", 25), ("p75", 75))}
+
+
 def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
     """95 % interval of a success rate (Wilson 1927); sound also at 0 and 1, where the usual one has no width."""
     if not 0 <= successes <= trials or trials < 1:
@@ -103,6 +109,8 @@ def machine() -> dict[str, Any]:
     if torch is not None:
         facts["torch_threads"] = torch.get_num_threads()
         facts["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        if facts["gpu"]:
+            facts |= {"driver": linux_says("driver/nvidia/version", "NVRM version"), "cuda": torch.version.cuda}
     return facts
 
 
@@ -130,7 +138,7 @@ def git_commit() -> str | None:
 
 
 def command_line() -> str:
-    """Of this program, as a shell would need it."""
+    """The command line of this program, as a shell would need it."""
     return shlex.join(sys.argv)
 
 

@@ -15,7 +15,7 @@ class Worker(Protocol):
     """Where inference runs, one call at a time. Tests and simulations of slow networks use one without a thread."""
 
     def submit(self, call: Callable[[], Any]) -> Future[Any]:
-        """Start a call; the one before has ended. Of the answer `done`, `exception` and `result` are asked."""
+        """Start a call; the one before has ended. Callers use `done`, `exception` and `result` of the answer."""
 
     def close(self, timeout_s: float) -> bool:
         """Take no more calls and wait for the running one, at most `timeout_s`. True when it has ended."""

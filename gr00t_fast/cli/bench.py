@@ -10,6 +10,7 @@ from gr00t_fast.cli.main import EXIT_ERROR, EXIT_OK, Command, end_on_sigterm, le
 from gr00t_fast.cli.run import RunConfig
 from gr00t_fast.cli.shared_flags import OutputFlags
 from gr00t_fast.evaluation.bench import BenchOptions, engine_named, measure, table_rows, verdict
+from gr00t_fast.evaluation.certificate import write_certificate
 
 _NOT_OF_A_RUN = ("precision", "seed", "camera_map")  # settings of a run's file that mean something else here
 
@@ -28,6 +29,7 @@ class BenchConfig(OutputFlags, BenchOptions):
     """
 
     out: Path | None = None  # directory for bench.json and bench.md, which are replaced; default: outputs/bench, of tune outputs/tune
+    certificate: Path | None = None  # also write what was measured here to this .json, fit to be sent: no paths, no names (docs/gpu.md)
 
 
 @dataclass(kw_only=True)
@@ -49,6 +51,8 @@ def run(config: BenchConfig) -> int:
     judged, settings = verdict(result), result.get("settings")
     if settings is not None:
         judged += "\n" + "\n".join(["for the file of your runs:", *(f"{key}: {json.dumps(value)}" for key, value in settings.items())])
+    if config.certificate is not None:
+        judged += f"\ncertificate: {'pass' if write_certificate(config.certificate, [result], result) else 'FAIL'}, {config.certificate}"
     leave_result(out, result, "\n".join(table_rows(result)), judged, config)
     return EXIT_ERROR if settings is None else EXIT_OK
 

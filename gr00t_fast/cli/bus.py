@@ -22,7 +22,7 @@ from gr00t_fast.virtual.bus import faults as fault_kinds
 from gr00t_fast.virtual.bus.bus import ControlSocket, VirtualBus, send_command
 from gr00t_fast.virtual.bus.faults import Fault
 
-_CHECKPOINT = "outputs/demo/checkpoint"  # where the printed commands write one with random weights
+_CHECKPOINT = "outputs/checkpoint-demo"  # where the printed commands write one with random weights
 
 
 @dataclass(kw_only=True)

@@ -34,6 +34,7 @@ EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_CTRL_C = 0, 1, 2, 130
 NAME = "gr00t-fast"
 # The words of a subcommand -> its module under gr00t_fast.cli and the Command in it; and its line in --help.
 COMMANDS = {
+    "demo": ("demo:main", "see it work: a simulated arm and a small trained network, both in the package"),
     "run": ("run:main", "drive an arm with a checkpoint, or with a policy server"),
     "replay": ("replay:main", "play the actions of a recorded episode on an arm"),
     "eval": ("eval:main", "compare a checkpoint's actions with those of a recorded data set"),
@@ -81,6 +82,7 @@ class Command(Generic[C]):
     not_from_file: Sequence[str] = ()  # ... and these settings
     drives_arm: bool = False  # a terminal that takes no output holds up nothing
     first_words: str = ""  # the flag whose values may come first, without it
+    before: Sequence[str] = ()  # flags that this program gives itself; the user's come after them, and win
 
     def __call__(self, argv: Sequence[str] | None = None) -> int:
         words = sys.argv[1:] if argv is None else list(argv)
@@ -91,7 +93,7 @@ class Command(Generic[C]):
             words = [f"--{self.first_words}", *words]
 
         def program() -> int:
-            config = self.parse(words)
+            config = self.parse([*self.before, *words])
             return guarded(lambda: self.work(config), self.interrupted, getattr(config, "verbose", False))
 
         return _ending(lambda: guarded(program, self.interrupted, "--verbose" in words), Console() if self.drives_arm else None)

@@ -90,7 +90,7 @@ class Limits:
         echo: Callable[[str], None] = lambda line: None,
     ) -> None:
         """`robot`: its joints, their range and scale, and how far from a joint it lets its goal be; connected. `period_s` between two ticks;
-        `slow_deg_s` the speed limit right after a start; `echo` is told of a joint that is blocked. Raises ConfigError when the range makes no
+        `slow_deg_s` the speed limit right after a start; `echo` gets a line about a joint that is blocked. Raises ConfigError when the range makes no
         sense."""
         self.options, self.joint_names, self._period_s = options, robot.joint_names, period_s
         joint_names, max_step = robot.joint_names, robot.max_step
@@ -241,7 +241,7 @@ class BlockedJoints:
     """
 
     def __init__(self, joint_names: tuple[str, ...], options: SafetyOptions, units_per_deg: np.ndarray, echo: Callable[[str], None]) -> None:
-        """`units_per_deg` (J,); `echo` is told when a joint is held, when it is free, and when it does not follow."""
+        """`units_per_deg` (J,); `echo` gets a line when a joint is held, when it is free, and when it does not follow."""
         self.after_s, self.ends_run = options.stall_after_s, True
         self._names, self._echo = joint_names, echo
         self._ahead, self._still, self._free = (degrees * units_per_deg for degrees in (ARRIVED_DEG, STILL_DEG, FREE_DEG))

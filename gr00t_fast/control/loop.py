@@ -129,7 +129,7 @@ class ControlLoop:
         self._move: Move | None = None  # of MOVE, BETWEEN, PUT_DOWN: while it goes on
         self._what, self._stalls = "", np.zeros(len(robot.joint_names), np.int64)  # where to, and how often joints were blocked before
         self._began_s, self._until_s = clock.now_s(), math.inf  # the present mode; and when a pause between episodes ends
-        self._told = False  # whether its waiting was told of
+        self._told = False  # whether a line about its waiting was said
         self._episode, self._episode_end_s, self._first_row = 0, math.inf, 0
         self._due: DueTarget | None = None
         self._commanded = np.empty(0)  # the last goal that was sent (J,)
@@ -579,7 +579,7 @@ class ControlLoop:
 
 
 def _unfailing(echo: Callable[[str], None]) -> Callable[[str], None]:
-    """For words while the arm is put down: a closed terminal is told of when the program ends."""
+    """For words while the arm is put down: that a terminal was closed is said when the program ends."""
 
     def tell(line: str) -> None:
         with suppress(Exception):

@@ -185,7 +185,7 @@ class Planner:
         echo: Callable[[str], None] = lambda line: None,
     ) -> None:
         """`recoverable`: errors of the policy after which the arm holds and the next observation is tried (a server that restarts, which tells of
-        waiting itself); others end the run. `echo` is told what `auto` chooses and why. Raises ConfigError."""
+        waiting itself); others end the run. `echo` gets a line about what `auto` chooses and why. Raises ConfigError."""
         self.options = options or PlannerOptions()
         if self.options.continuing and not policy.continues:
             raise ConfigError(

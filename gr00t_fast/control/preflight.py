@@ -85,7 +85,7 @@ class Preflight:
 
     def look_at(self, observation: Observation) -> list[Finding]:
         """As `connected`, for joints that fit; raises and says nothing."""
-        if not self._metadata.state_statistics:  # that was said before connecting, and waved through
+        if not self._metadata.state_statistics:  # a warning said so before connecting
             return []
         joints = zip(self._robot.joint_names, self._training_range(), self._robot.joint_limits, observation.joints, strict=True)
         return [finding for joint in joints for finding in self._joint_findings(*joint)]
@@ -200,7 +200,7 @@ class Preflight:
         return loop_fps or self._metadata.fps or (LEROBOT_FPS if self._metadata.state_statistics else None)
 
     def _parts(self) -> Iterator[tuple[Mapping[str, PartStatistics], dict[str, list[int]]]]:
-        """Of states and of actions: statistics, and which joints each part has. Raises PreflightError where they are another robot's."""
+        """For states, then for actions: statistics, and which joints each part has. Raises PreflightError where they are another robot's."""
         metadata, names = self._metadata, self._robot.joint_names
         yield metadata.state_statistics, joints_of_parts(metadata.state_widths, names, "state")
         yield metadata.action_statistics, joints_of_parts(metadata.action_widths, names, "action")

@@ -37,11 +37,11 @@ class Continuation:
 
     @staticmethod
     def together(parts: Sequence[Continuation]) -> Continuation:
-        """Of one batch, in their order."""
+        """Those of one batch, in their order."""
         return Continuation(torch.cat([part.actions for part in parts]), torch.cat([part.weights for part in parts]))
 
     def item(self, index: int) -> Continuation:
-        """Of one item of the batch."""
+        """That of one item of the batch."""
         return Continuation(self.actions[index : index + 1], self.weights[index : index + 1])
 
 

@@ -106,7 +106,7 @@ class ExportedEngine(Engine):
             left = [item for item in left if item not in alike[:size]]
 
     def tables(self, steps: int) -> StepTables:
-        """Of one step count, on the device; kept. Raises ConfigError for a count that was not exported."""
+        """The tables of one step count, on the device; kept. Raises ConfigError for a count that was not exported."""
         if steps not in self._steps:
             tables = self._tables.steps(steps)
             self._steps[steps] = StepTables(tables.tau.to(self.device), tables.modulation.to(self.device))

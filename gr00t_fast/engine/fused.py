@@ -138,7 +138,7 @@ class FusedModel(nn.Module):
 
     @torch.no_grad()
     def constants(self, inputs: ModelInputs) -> Constants:
-        """Of the shape of `inputs`, and the places of its pictures."""
+        """What depends on the shape of `inputs` and the places of its pictures alone."""
         language, tokens, positions = self.config.language, inputs.input_ids.shape[1], inputs.image_positions
         if language.mrope_sections is None:
             cos, sin = rotary_tables(tokens, language.head_dim, language.rope_theta, self.language.embedding.weight)
@@ -223,7 +223,7 @@ class FusedModel(nn.Module):
         return Condition(self.head.prefix(state), [next(pairs[block.context]) for block in crossing], None)
 
     def _keys_values(self, layers: nn.ModuleList, context: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Of the blocks whose keys and values `layers` hold side by side: context (B, S, C) -> pairs of (B, N, S, K)."""
+        """Keys and values of the blocks that `layers` hold side by side: context (B, S, C) -> pairs of (B, N, S, K)."""
         products = [linear(layer, context).split(self.head.dit.width, dim=-1) for layer in layers]
         parts = [part for product in products for part in product]  # keys, values of the first block, of the second, ...
         heads = [split_heads(part, self.head.config.dit.num_heads) for part in parts]  # (B, N, S, K)
@@ -328,7 +328,7 @@ _BY_TOWER: dict[type, type[FusedModel]] = {VisionConfig: FusedModel, Siglip2Visi
 
 
 def fused_model(model: Gr00t, join: bool = True) -> FusedModel:
-    """Of any network, by its vision tower."""
+    """The fused model of any network, chosen by its vision tower."""
     return _BY_TOWER[type(model.config.vision)](model, join)
 
 

@@ -42,7 +42,7 @@ class Target:
 
     checkpoint: Checkpoint
     embodiment: Embodiment
-    data_config_name: str | None = None  # as on the command line, if it was said there
+    data_config_name: str | None = None  # as on the command line, if it stood there
 
     @property
     def embodiment_tag(self) -> str:
@@ -138,8 +138,8 @@ def varying_sizes(shapes: Mapping[str, Any], prompt_tokens: int) -> dict[str, in
 
 
 def least_tokens(spans: Sequence[Sequence[int]] | None, image_tokens: int) -> int:
-    """Of the shortest prompt: at least one token of text (two beside pictures in known places, which exporters need for a size that varies). spans:
-    `image_spans` of the manifest's shapes."""
+    """Tokens of the shortest prompt: at least one token of text (two beside pictures in known places, which exporters need for a size that varies).
+    spans: `image_spans` of the manifest's shapes."""
     if not spans:
         return image_tokens + 1
     return 2 + (spans[-1][1] if spans[0][0] >= 0 else -spans[0][0])
@@ -327,5 +327,5 @@ def sha256(file: Path) -> str:
 
 
 def sha256_of_json(value: object) -> str:
-    """Of the value, not of its spelling: keys sorted, no white space."""
+    """The digest of the value, not of its spelling: keys sorted, no white space."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

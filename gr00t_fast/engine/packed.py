@@ -28,7 +28,7 @@ from gr00t_fast.model import Condition, Gr00t, ModelInputs, StepTables
 
 log = logging.getLogger(__name__)
 MIN_WEIGHT_BYTES = 2**20  # smaller weights stay in the caches, and plain: a small network has the same bits in every run
-_FASTER = 1.1  # than plain, to be packed: that costs as much as reading the weight a few times
+FASTER = 1.1  # than plain, to be packed: that costs as much as reading the weight a few times
 _ROUNDS = 3  # of a measurement; the best counts
 _BETWEEN_BYTES = 2**26  # read between two products of a measurement, so that no weight comes from a cache
 _FEW_ROWS, _ROW_BLOCK = 64, 8  # up to so many rows, filling up to a multiple is tried: kernels take some odd numbers badly (49 on AMX)
@@ -38,7 +38,7 @@ _KEPT_CONSTANTS = 32  # shapes of call
 
 PLAIN = 0  # a way to compute a product is this, or, packed, the multiple that rows are filled up to
 _WORDS = {PLAIN: "plain", 1: "packed", _ROW_BLOCK: f"filled up to a multiple of {_ROW_BLOCK}"}
-_ways: dict[tuple[Any, ...], int] = {}  # of this process: two networks of one shape are computed alike
+chosen_ways: dict[tuple[Any, ...], int] = {}  # of this process: two networks of one shape are computed alike
 
 
 class FusedEngine(EagerEngine):
@@ -131,21 +131,21 @@ class PackedLinear(nn.Module):
         rows, key = call[0], (bool(self._packed), *call)
         ways = (1, _ROW_BLOCK) if rows % _ROW_BLOCK and rows <= _FEW_ROWS else (1,)
         if self._packed:
-            if key not in _ways:
-                _ways[key] = self._fastest(compute, call, dict.fromkeys(ways, self.weight)) if len(ways) > 1 else 1
-            return _ways[key]
-        if _ways.get(key) != PLAIN:
+            if key not in chosen_ways:
+                chosen_ways[key] = self._fastest(compute, call, dict.fromkeys(ways, self.weight)) if len(ways) > 1 else 1
+            return chosen_ways[key]
+        if chosen_ways.get(key) != PLAIN:
             weight = packed(self.weight, rows)
-            if key not in _ways:
-                _ways[key] = self._fastest(compute, call, {PLAIN: self.weight, **dict.fromkeys(ways, weight)})
-        self._packed = _ways[key] != PLAIN
+            if key not in chosen_ways:
+                chosen_ways[key] = self._fastest(compute, call, {PLAIN: self.weight, **dict.fromkeys(ways, weight)})
+        self._packed = chosen_ways[key] != PLAIN
         if self._packed:
             self.weight = nn.Parameter(weight, requires_grad=False)
-            _ways.setdefault((True, *call), _ways[key])
-        return _ways[key]
+            chosen_ways.setdefault((True, *call), chosen_ways[key])
+        return chosen_ways[key]
 
     def _fastest(self, compute: Callable[[int, Tensor], Tensor], call: tuple[Any, ...], ways: dict[int, Tensor]) -> int:
-        """Of `ways`, each with its weight, the one that wins here and now, with the caches as cold as in a call."""
+        """The one of `ways`, each with its weight, that is fastest here and now, with the caches as cold as in a call."""
         times_s: dict[int, list[float]] = {way: [] for way in ways}
         for _ in range(_ROUNDS):
             for way, weight in ways.items():
@@ -155,7 +155,7 @@ class PackedLinear(nn.Module):
                 times_s[way].append(time.perf_counter() - start_s)
         best_s = {way: min(times) for way, times in times_s.items()}
         best = min((way for way in ways if way != PLAIN), key=lambda way: best_s[way])
-        best = PLAIN if best_s.get(PLAIN, math.inf) <= _FASTER * best_s[best] else best
+        best = PLAIN if best_s.get(PLAIN, math.inf) <= FASTER * best_s[best] else best
         said = ", ".join(f"{_WORDS[way]} {1000 * took_s:.2f} ms" for way, took_s in best_s.items())
         log.debug("%d rows, %d -> %d, %s: %s; from now on %s", *call[:3], call[4], said, _WORDS[best])
         return best

@@ -10,7 +10,6 @@ import copy
 import importlib.util
 import os
 import shutil
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,7 +33,7 @@ from gr00t_fast.base.errors import (
     install_command,
     one_line,
 )
-from gr00t_fast.base.measurement import linux_says, peak_rss_bytes, percentiles, provenance
+from gr00t_fast.base.measurement import linux_says, paired_ratio, peak_rss_bytes, percentiles, provenance
 from gr00t_fast.export import BuildOptions, OnnxOptions, QuantiseOptions
 from gr00t_fast.inputs.dataset import MIN_FRAMES, draw, open_frames, read
 from gr00t_fast.options import CameraOptions, CheckpointOptions, EngineName, ExportedName, ObservationOptions, PrecisionName, check_device
@@ -182,7 +181,7 @@ def make_all(options: BenchOptions, device: torch.device, say: Say) -> tuple[Mad
 
 
 def _makers(options: BenchOptions, at: Path) -> dict[str, Callable[[Path], object]]:
-    """Of each directory of _CANDIDATES: what makes it."""
+    """What makes each directory of _CANDIDATES."""
     from gr00t_fast.export.onnx import export_checkpoint
     from gr00t_fast.export.quantise import quantise
     from gr00t_fast.export.tensorrt import build_checkpoint
@@ -201,7 +200,7 @@ def _makers(options: BenchOptions, at: Path) -> dict[str, Callable[[Path], objec
 
 
 def _camera_size(options: BenchOptions, checkpoint: Checkpoint) -> str:
-    """Of the first frame in --observations: what exports are made for."""
+    """WIDTHxHEIGHT of the first frame in --observations: what exports are made for."""
     from gr00t_fast.export.verify import transforms_only
 
     names = ("embodiment_tag", "data_config", "processor_path", "letterbox")
@@ -251,6 +250,7 @@ class Bench:
         self.path = self._checkpoint()
         self.camera_sizes: dict[str, tuple[int, int]] = {}
         plain, source = self.policy(EagerEngine(self.network(torch.bfloat16, meta=True))), options.observations or f"random:{options.seed}"
+        self.kind = plain.checkpoint.network.protocol
         self.observations = observations_of(plain, source, options.frames, options.seed, options.camera_map, options.camera_px())
         self.camera_sizes = camera_sizes_in(self.observations[0])
 
@@ -264,6 +264,13 @@ class Bench:
         import torch
 
         return sum(parameter.numel() for parameter in self.network(torch.bfloat16, meta=True).parameters())
+
+    def weights(self) -> list[str]:
+        """SHA-256 of each file, sorted; none of weights that were never in a file."""
+        from gr00t_fast.checkpoint import open_checkpoint
+        from gr00t_fast.engine.manifest import sha256
+
+        return sorted(map(sha256, open_checkpoint(self.path).weight_files))
 
     def network(self, dtype: torch.dtype, meta: bool = False) -> Gr00t:
         """meta: without memory."""
@@ -337,6 +344,7 @@ def open_arms(bench: Bench, made: Made | None = None) -> tuple[dict[str, dict[st
             "arithmetic": limit,
             "engine": engine,
             "directory": None if directory is None else str(directory),
+            "files": sorted(each["sha256"] for each in policy.engine.manifest.files.values()) if engine in EXPORTED else [],  # type: ignore[attr-defined]
             "continues": policy.continues,
             "memory_bytes": max(_memory_bytes(bench.device) - before, 0),
         }
@@ -381,19 +389,19 @@ def error_of(got: Sequence[Actions], truth: Sequence[Actions]) -> dict[str, floa
     return {"p50": p50, "p99": p99, "max": float(gaps.max())}
 
 
-def within_limit(errors: Mapping[str, dict[str, float]], name: str, format: str, dtype: torch.dtype) -> bool:
-    """NaN is no pass."""
+def limit_of(errors: Mapping[str, dict[str, float]], format: str, dtype: torch.dtype) -> float:
+    """On the p99 of an engine's errors, in joint units."""
     from gr00t_fast.export.verify import ACTION_LIMITS
 
     limit = ACTION_LIMITS[format]
     if format == word_of(dtype) and "eager" in errors and errors["eager"]["p99"] > limit:
-        limit = _OF_EAGER * errors["eager"]["p99"]
-    return bool(errors[name]["p99"] <= limit)
+        return _OF_EAGER * errors["eager"]["p99"]
+    return limit
 
 
-def take_turns(policies: Mapping[str, Gr00tPolicy], steps: int, bench: Bench) -> tuple[Times, Times]:
-    """ms of whole calls, by the clock and of processor time. Each round calls every engine once, in an order of its own: a disturbance hits all
-    alike."""
+def take_turns(policies: Mapping[str, Gr00tPolicy], steps: int, bench: Bench) -> tuple[Times, Times, dict[str, Times]]:
+    """ms of whole calls, by the clock and of processor time, and of their stages. Each round calls every engine once, in an order of its own: a
+    disturbance hits all alike."""
     options, observations = bench.options, bench.observations
     generator, names = np.random.default_rng(options.seed), list(policies)
     for policy in policies.values():
@@ -401,6 +409,7 @@ def take_turns(policies: Mapping[str, Gr00tPolicy], steps: int, bench: Bench) ->
         policy.warm_up()
     times: Times = {name: [] for name in names}
     busy: Times = {name: [] for name in names}
+    stages: dict[str, Times] = {name: {} for name in names}
     with progress_bar("rounds", options.rounds) as tick:
         for number in range(options.rounds):
             observation = observations[number % len(observations)]
@@ -408,17 +417,10 @@ def take_turns(policies: Mapping[str, Gr00tPolicy], steps: int, bench: Bench) ->
                 busy_s = time.process_time()
                 times[name].append(1000 * seconds_of(partial(policies[name].get_action, observation)))
                 busy[name].append(1000 * (time.process_time() - busy_s))
+                for stage, ms in policies[name].last_timing.items():
+                    stages[name].setdefault(stage, []).append(ms)
             tick()
-    return times, busy
-
-
-def ratio(times: Mapping[str, list[float]], of: str, name: str) -> dict[str, float] | None:
-    """How many times as fast as `of` it is, paired by round: median and quartiles. None where `of` did not run."""
-    if of not in times or of == name:
-        return None
-    paired = [theirs / max(mine, 1e-6) for mine, theirs in zip(times[name], times[of], strict=True)]
-    low, high = (float(np.percentile(paired, share)) for share in (25, 75))
-    return {"median": round(statistics.median(paired), 3), "p25": round(low, 3), "p75": round(high, 3)}
+    return times, busy, stages
 
 
 def compare(bench: Bench, made: Made | None = None) -> dict[str, Any]:
@@ -437,21 +439,27 @@ def compare(bench: Bench, made: Made | None = None) -> dict[str, Any]:
     policies = {name: arm["policy"] for name, arm in arms.items()}
     for count in options.denoising_steps or [next(iter(policies.values())).denoising_steps]:
         say(f"timing in turns: {options.rounds} rounds at {count} denoising steps ...")
-        times, busy = take_turns(policies, count, bench)
+        times, busy, stages = take_turns(policies, count, bench)
         for name, arm in arms.items():
             arm.setdefault("times_ms", {})[str(count)] = percentiles(times[name])
-            ratios = {of: ratio(times, of, name) for of in bench.compared_with}
-            # on a shared machine what was computed says more than how long it took; a GPU's work is not in it
-            ratios |= {"eager_in_processor_time": ratio(busy, "eager", name)} if device.type == "cpu" else {}
+            arm.setdefault("stages_ms", {})[str(count)] = {stage: percentiles(each) for stage, each in stages[name].items()}
+            # paired by round; None where an engine did not run, or is this one
+            ratios = {of: paired_ratio(times[of], times[name]) if of in times and of != name else None for of in bench.compared_with}
+            if device.type == "cpu":  # on a shared machine what was computed says more than how long it took; a GPU's work is not in it
+                ratios["eager_in_processor_time"] = paired_ratio(busy["eager"], busy[name]) if "eager" in busy and name != "eager" else None
             arm.setdefault("times_as_fast_as", {})[str(count)] = ratios
     errors = {name: arm["error_deg"] for name, arm in arms.items()}
     for name, arm in arms.items():
-        arm["within_limit"] = within_limit(errors, name, arm["limit"], dtype)
+        arm["error_limit"] = limit_of(errors, arm["limit"], dtype)
+        arm["within_limit"] = bool(errors[name]["p99"] <= arm["error_limit"])  # NaN is no pass
     return {
         "network": bench.path.name,
+        "kind": bench.kind,
+        "weights": bench.weights(),
         "parameters": bench.parameters,
         "cameras": len(next(iter(policies.values())).metadata.resolutions),
         "observations": len(truth),
+        "recorded": bool(options.observations) and not str(options.observations).startswith("random:"),
         "of": Path(options.observations or "random pictures and joints").name,
         "rounds": min(len(each) for each in times.values()),
         "engines": arms,

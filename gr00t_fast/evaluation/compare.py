@@ -22,7 +22,7 @@ from gr00t_fast.record.report import LIMITS, SCHEMA, SCHEMA_VERSION, Section, ce
 COMPARISON_SCHEMA, COMPARISON_VERSION = "gr00t_fast.run_comparison", 1
 _PLACES = ("out", "video", "overwrite", "display", "json", "quiet", "verbose")  # where a run goes to, not how it goes
 _REPORT = "report.json"
-_STILL_UNITS = 0.05  # a tick at which no target changes by more is one at which the arm is told to stand still
+_STILL_UNITS = 0.05  # a tick at which no target changes by more is one at which the arm is to stand still
 # Group -> what a figure is called -> its place in a report. The others are worked out.
 _FIGURES = {
     "outcome": {
@@ -128,7 +128,7 @@ def _figures(run: RecordedRun) -> dict[str, dict[str, Any]]:
 
 
 def _motion(run: RecordedRun) -> dict[str, Any]:
-    """Of the joints but the gripper, in joint units; of what was commanded where not said otherwise. None where too little was played."""
+    """How the joints but the gripper moved, in joint units; as commanded where not said otherwise. None where too little was played."""
     fps, data = run.report["run"]["target_hz"], run.arrays
     body = np.asarray(data.get("joint_names", ())) != GRIPPER
     commanded, measured = (data[kind][:, body] if kind in data else np.empty((0, 1)) for kind in ("commanded", "measured"))  # (T, J)
@@ -147,7 +147,7 @@ def _motion(run: RecordedRun) -> dict[str, Any]:
 
 
 def seam_jerk(run: RecordedRun) -> float | None:
-    """Of the commands at the ticks about each new chunk but the first, rms (units/s^3), of the joints but the gripper. None without a seam."""
+    """Rms jerk (units/s^3) of the joints but the gripper, as commanded, at the ticks about each new chunk but the first. None without a seam."""
     data = run.arrays
     if "commanded" not in data:
         return None

@@ -67,7 +67,7 @@ class DoctorOptions(ArmOptions, PolicyOptions):
 
     @property
     def cameras(self) -> dict[str, Any]:
-        """Of the arm, drawn ones included."""
+        """The cameras of the arm, drawn ones included."""
         return getattr(self.robot, "cameras", {})
 
 
@@ -91,7 +91,7 @@ class Rows(list[Row]):
 
     @contextmanager
     def trying(self, section: str, what: str, state: str = "fail") -> Iterator[None]:
-        """An error in the block is a row; a package that is missing is said where packages are listed."""
+        """An error in the block is a row; a missing package stands where packages are listed."""
         try:
             yield
         except MissingExtraError:

@@ -5,7 +5,7 @@ NVIDIA's eval_policy does (MSE is the figure that it prints). Beside each error 
 from, and `replay`, that of playing the mean of the data set's other episodes without looking. A policy at the level of hold is worth nothing, one at
 the level of replay does not use its camera. An open-loop error has no floor: demonstrations differ among themselves.
 
-The rules of the verdict, in this order; the first that holds is it, all evidence is told:
+The rules of the verdict, in this order; the first that holds is the verdict, and all evidence is shown:
 1. joints are off by a constant, and without that the predictions are good: units/calibration. Or shifted in time they are good, and better: timing;
 2. the error is well below that of holding still and no joint's is large, or all are small: nothing is wrong here, suspect the loop;
 3. the recording contradicts the checkpoint's units, order or ranges: units/calibration;
@@ -315,7 +315,7 @@ def findings_of_recording(recorded: Recorded, metadata: PolicyMetadata, frames: 
 
 
 def _unit_of(extremes: np.ndarray) -> str:
-    """Of body joints; empty where it may be degrees or lerobot's normalised range, which is clamped: that leaves extremes at exactly 100."""
+    """The unit of body joints; empty where it may be degrees or lerobot's normalised range, which is clamped: that leaves extremes at exactly 100."""
     if extremes.max(initial=0) <= RADIANS_LIMIT:
         return RADIANS
     if extremes.max() > NORMALISED_LIMIT:

@@ -23,7 +23,7 @@ def card_path(directory: Path) -> Path:
 
 
 def card_of(source: Path, joint_names: tuple[str, ...], tell: Callable[[str], None]) -> Card:
-    """Of a card's file, or of a data set: the card that lies in it, or one that is made now, in seconds. Raises ConfigError where there is neither,
+    """A file of a card, or a data set -> the card that lies in it, or one that is made now, in seconds. Raises ConfigError where there is neither,
     or one of another arm; MissingExtraError without pyarrow."""
     if source.is_dir():
         recordings = read_recordings(source, joint_names)
@@ -63,7 +63,7 @@ def build_card(directory: Path, recordings: Recordings | None = None, joint_name
                 cameras[name] = learn(name, camera.size, first, later, camera.policy, tick)
     cameras = with_chance(cameras)
     notes += [] if cameras else ["no pictures: only speeds and the arm's pose can be compared"]
-    notes += ["a single episode does not say how much episodes vary: small changes are told by fixed limits"] if len(chosen) == 1 else []
+    notes += ["a single episode does not say how much episodes vary: fixed limits judge small changes"] if len(chosen) == 1 else []
     notes += [f"camera '{name}' moves during episodes: it is compared where they begin" for name, camera in cameras.items() if camera.moves]
     begin, offset = recordings.begin, np.median(recordings.actions - recordings.states, axis=0)
     spread = np.abs(recordings.states - begin).max(axis=0)

@@ -43,8 +43,8 @@ def newcombe_interval(first: tuple[int, int], second: tuple[int, int]) -> tuple[
 
 
 def trials_needed(rate: float, other: float, power: float = 0.8, alpha: float = 0.05) -> int | None:
-    """Of each setting, for a test of two proportions that finds this difference (Fleiss, Statistical Methods for Rates and Proportions, 1981,
-    without continuity correction). None where there is no difference."""
+    """How many of each setting, for a test of two proportions that finds this difference (Fleiss, Statistical Methods for Rates and Proportions,
+    1981, without continuity correction). None where there is no difference."""
     if rate == other:
         return None
     mean, normal = (rate + other) / 2, NormalDist()

@@ -59,7 +59,7 @@ class OutOptions(ExportOptions):
 
 @dataclass(kw_only=True)
 class OnnxOptions(CameraOptions, OutOptions):
-    """Of graphs."""
+    """An export of graphs."""
 
     GROUP = "export"
 
@@ -72,7 +72,7 @@ class OnnxOptions(CameraOptions, OutOptions):
 
 @dataclass(kw_only=True)
 class BuildOptions(CameraOptions, OutOptions):
-    """Of TensorRT engines, and of the graphs that they are built from."""
+    """An export of TensorRT engines, and of the graphs that they are built from."""
 
     GROUP = "export"
 
@@ -117,7 +117,7 @@ class SampleOptions(ObservationOptions, ExportOptions):
 
 @dataclass(kw_only=True)
 class QuantiseOptions(OutOptions, CalibrationOptions, SampleOptions):
-    """Of 8-bit versions of an ONNX export."""
+    """The 8-bit versions of an ONNX export."""
 
     GROUP = "export"
 
@@ -141,7 +141,7 @@ class QuantiseOptions(OutOptions, CalibrationOptions, SampleOptions):
 
 @dataclass(kw_only=True)
 class VerifyOptions(SampleOptions):
-    """Of a comparison with the plain model."""
+    """A comparison with the plain model."""
 
     GROUP = "export"
 

@@ -127,8 +127,8 @@ def with_layers(module: nn.ModuleDict, layers: Mapping[str, nn.Module]) -> nn.Mo
 
 @dataclass
 class InputStatistics:
-    """Of one tensor that `readers` (layers) read: largest |value| per channel (K,), rows per observation, and kept rows (R, K): the largest of a run
-    and some at random."""
+    """What one tensor that `readers` (layers) read has been: largest |value| per channel (K,), rows per observation, and kept rows (R, K): the
+    largest of a run and some at random."""
 
     readers: tuple[str, ...]
     largest: Tensor
@@ -183,7 +183,7 @@ def _by_tensor(calls: Sequence[tuple[str, Tensor]]) -> dict[tuple[str, ...], lis
 
 
 def scales_of(network: GraphNetwork, statistics: Sequence[InputStatistics]) -> dict[str, InputScale]:
-    """Of each layer, by name; layers that read one tensor share one."""
+    """The input scale of each layer, by name; layers that read one tensor share one."""
     scales: dict[str, InputScale] = {}
     with progress_bar("scales", len(statistics)) as tick:
         for entry in statistics:
@@ -270,7 +270,7 @@ class Trials:
         self._truth = self._actions(network.module, network.parts, self._known)
 
     def error(self, module: nn.ModuleDict, parts: Collection[str]) -> ActionError:
-        """Of the actions of `module`, which differs from the network's own in `parts` only, in joint units."""
+        """The error of the actions of `module`, which differs from the network's own in `parts` only, in joint units."""
         order = self._network.parts
         actions = self._actions(module, order[min(map(order.index, parts)) :], [dict(known) for known in self._known])
         return action_error(actions, self._truth, self._cases)

@@ -73,7 +73,7 @@ class Layout:
 
     @property
     def least_tokens(self) -> int:
-        """Of the shortest prompt."""
+        """Tokens of the shortest prompt."""
         return least_tokens(self.spans, self.image_tokens)
 
 

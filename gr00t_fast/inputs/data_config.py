@@ -32,7 +32,7 @@ DEFAULT_LANGUAGE_KEY = "annotation.human.task_description"
 class DataConfig:
     """Key lists of one data configuration; every key carries its modality prefix (`video.`, `state.`, `action.`).
 
-    action_indices: 0, 1, ... n - 1, one per control tick: n actions are returned unless more of what training predicts are asked for.
+    action_indices: 0, 1, ... n - 1, one per control tick. A call returns n actions unless `action_horizon` asks for another number.
     video_indices, state_indices: which times of pictures and states are read, steps back from now (N1.6, N1.7; N1.5's read the present only).
     normalisation: key -> mode; DEFAULT_NORMALISATION where absent.
     """

@@ -41,7 +41,7 @@ class ImageTransform(Protocol):
     def __call__(self, observation: CheckedObservation) -> dict[str, Any]: ...
 
     def tokens(self, observation: CheckedObservation) -> int:
-        """Of one image."""
+        """The tokens of one image."""
 
     def example_size(self, key: str) -> tuple[int, int]:
         """Width and height of a camera's frames, for warm-up and timing."""
@@ -293,7 +293,7 @@ def _pillow_rows(image: np.ndarray, want: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=64)
 def _pillow_weights(have: int, want: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of each of `want` pixels the pixels of `have` that it is made of, int (taps, want), and their weights, int32 (taps, want)."""
+    """For each of `want` pixels the pixels of `have` that it is made of, int (taps, want), and their weights, int32 (taps, want)."""
     scale = have / want
     spread = max(scale, 1.0)
     centre = (np.arange(want) + 0.5) * scale

@@ -205,7 +205,7 @@ def _instructions(key: str, value: Any, batch: int) -> tuple[list[str], int]:
 
 
 def _names(names: Iterable[str]) -> str:
-    """Of what was given, for an error."""
+    """The names of what was given, for an error."""
     given = [name[: _SHOWN.maxstring] for name in names]
     more = f" and {len(given) - _SHOWN_ITEMS} more" if len(given) > _SHOWN_ITEMS else ""
     return ", ".join(given[:_SHOWN_ITEMS]) + more or "nothing"
@@ -226,7 +226,7 @@ def is_nested(observation: Any) -> bool:
 
 
 def flat_observation(observation: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a nested one. What makes no sense is left for the policy to name."""
+    """A nested observation -> a flat one. The policy names what makes no sense."""
     flat = {f"{modality}.{key}": value for modality in ("video", "state") for key, value in observation[modality].items()}
     for key, value in observation["language"].items():
         one_each = isinstance(value, list | tuple) and all(isinstance(item, list | tuple) and len(item) == 1 for item in value)
@@ -235,7 +235,7 @@ def flat_observation(observation: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def nested_observation(observation: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], bool]:
-    """Of a flat one, and whether that was batched; states as float32, as NVIDIA's strict check wants them."""
+    """A flat observation -> a nested one, and whether it was batched; states as float32, as NVIDIA's strict check wants them."""
     nested: dict[str, dict[str, Any]] = {modality: {} for modality in _MODALITIES}
     batched = any(key.startswith("state.") and np.ndim(value) == 3 for key, value in observation.items())
     for key, value in observation.items():

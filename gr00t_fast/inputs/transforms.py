@@ -65,7 +65,7 @@ class Normaliser:
         return np.where(constant, values if mode == "q99" else np.zeros_like(values), scaled)
 
     def _statistics(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of a relative action those of the first steps, as many as there are values."""
+        """Those of the first steps of a relative action, as many as there are values."""
         part = self.part
         return (part.low[: values.shape[-2]], part.high[: values.shape[-2]]) if part.low.ndim == 2 else (part.low, part.high)
 

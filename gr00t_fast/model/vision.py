@@ -178,7 +178,7 @@ def one_frame_weight(tower: QwenVisionTower) -> Tensor:
 
 
 def _between(count: int, last: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Of `count` places evenly from 0 to `last`: the index below, the index above, and how far the place is from the one below, each (count,)."""
+    """`count` places evenly from 0 to `last`: the index below, the index above, and how far the place is from the one below, each (count,)."""
     place = torch.linspace(0, last, count, device=device)
     below = place.int()
     return below, (below + 1).clamp(max=last), place - below

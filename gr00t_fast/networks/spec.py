@@ -166,15 +166,25 @@ class EmbodimentFiles(Protocol):
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """All that is special about a published network outside of gr00t_fast.model, whose flags are in ModelConfig.
+    """Everything special about a published network outside of gr00t_fast.model, whose flags are in ModelConfig.
 
-    name: as reports and clients know it; model_type: what its config.json says. backbone_file: where a checkpoint says the backbone's sizes, and
-    published_backbone: what they are where it does not. read_config: config.json and the backbone's -> sizes. weights: the published tensors of each
-    parameter; unused_weights: prefixes of tensors that files hold and nothing reads. read_files: directory, config.json, sizes, and what was asked
-    about letterboxing -> the files about embodiments. images: how frames become images. reference_inputs: what a network reads by its reference's
-    names. download: patterns of a hub repository's small files. fixed_images: images have one size, whatever the cameras are. protocol: as of
-    `Policy.protocol`. config_of: directory and its config.json -> what read_config reads. prefix: of all names of tensors in the
-    files. tied: published names of the language head and of the embedding, where the former may be the only one of the two that a file has.
+    name: what reports and clients call it.
+    model_type: what its config.json says.
+    backbone_file: the file with the backbone's sizes.
+    published_backbone: these sizes, for a checkpoint without that file.
+    read_config: config.json and the backbone's configuration -> sizes.
+    weights: parameter -> the published tensors that it is made of.
+    unused_weights: prefixes of tensors that are in the files and are not read.
+    read_files: directory, config.json, sizes and `letterbox` -> the files about embodiments.
+    images: how frames become images.
+    prompt: how an instruction becomes tokens.
+    reference_inputs: what the network reads, by the names of NVIDIA's code.
+    download: patterns of a hub repository's small files.
+    fixed_images: whether images have one size, whatever the cameras are.
+    protocol: see `Policy.protocol`.
+    config_of: directory and its config.json -> what `read_config` reads.
+    prefix: with which all names of tensors in the files begin.
+    tied: published names of the language head and of the embedding, if a file may have only the former of the two.
     """
 
     name: str

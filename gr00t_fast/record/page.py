@@ -31,8 +31,8 @@ _OFF = ("false", "no", "off", "0")
 _ADDRESS = re.compile(r"(?P<host>\[[\da-fA-F:.%]+\]|[\w.-]*):(?P<port>\d{1,5})|(?P<only>\d{1,5})")
 COMPARED = " as recorded, now, difference"  # behind a camera's name
 _PUT_S = 0.1  # between two pictures of a camera
-_START_S, _FINISH_S = 30.0, 5.0  # to start: on a slow disk or a busy machine; the arm is not powered yet
-_MOST_WAITING = 50  # calls that the page has not answered: beyond, it hangs and is told no more words
+_START_S, FINISH_S = 30.0, 5.0  # to start: on a slow disk or a busy machine; the arm is not powered yet
+_MOST_WAITING = 50  # calls that the page has not answered: beyond, it hangs and gets no more words
 _PATIENT_LINES, _LONGEST_LINE = 100, 400  # that wait for a page that takes nothing: all fit into a message
 
 
@@ -141,8 +141,8 @@ class PageView(View):
         """The browsers keep the report, and the error that ended the run."""
         why = f"error: {str(error[1]) or type(error[1]).__name__}\n\n" if error and error[1] is not None else ""
         self._call("over", why + self.report.strip(), tuple(self._said))
-        if not self.sink.close(_FINISH_S):
-            self._echo(f"WARNING: --page: its process did not end within {_FINISH_S:.0f} s and was ended.")
+        if not self.sink.close(FINISH_S):
+            self._echo(f"WARNING: --page: its process did not end within {FINISH_S:.0f} s and was ended.")
 
     def wait_until_ready(self) -> None:
         """Before the arm is connected. Raises ConfigError where no page comes: its STOP was asked for."""

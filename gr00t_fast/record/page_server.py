@@ -85,7 +85,7 @@ class PageServer(WebPage):
     # What the run tells
 
     def ranges(self, limits: Sequence[Sequence[float]]) -> None:
-        """Of each joint, from its calibration (J, 2)."""
+        """Each joint's range, from its calibration (J, 2)."""
         self._low, self._high = np.array(limits, float).T
 
     def add(self, observation: Observation, note: PageNote) -> None:

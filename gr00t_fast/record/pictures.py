@@ -16,7 +16,7 @@ _HEIGHT, _BAND = 360, 58  # pixels of a picture on the sheet, and of the words a
 
 
 def write_pictures(frames: Mapping[str, np.ndarray], titles: Mapping[str, str], out: Path, name: str, text: str) -> str:
-    """frames: camera -> uint8 RGB (height, width, 3); titles: what is said under a camera's name. Writes `camera_<name>.png` of each, SHEET_NAME and
+    """frames: camera -> uint8 RGB (height, width, 3); titles: a line under a camera's name. Writes `camera_<name>.png` of each, SHEET_NAME and
     `text` as the file `name` into the directory `out`; returns what to tell the user. Raises ConfigError when that cannot be written."""
     pictures = {"camera_" + re.sub(r"[^\w-]", "_", camera) + ".png": frame for camera, frame in frames.items()}
     if frames:
@@ -51,7 +51,7 @@ def jpeg(picture: np.ndarray) -> bytes:
 
 
 def _tile(name: str, title: str, frame: np.ndarray) -> np.ndarray:
-    """(_BAND + _HEIGHT, width, 3): the name and what is said of it above the picture."""
+    """(_BAND + _HEIGHT, width, 3): the name and its line above the picture."""
     import cv2
 
     font, width = cv2.FONT_HERSHEY_SIMPLEX, max(1, round(frame.shape[1] * _HEIGHT / frame.shape[0]))

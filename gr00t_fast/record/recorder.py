@@ -33,10 +33,10 @@ from gr00t_fast.record.views import check_writable
 QUEUE_S = 3.0  # of ticks that may wait for the other process
 _LEAST_FREE_BYTES = 200 << 20  # a few minutes of one camera
 _START_S = 120.0  # importing lerobot and torch takes 5 s, on a busy machine with a cold disk ten times that
-_SILENT_S = 30.0  # so long may the other process leave everything unanswered; saving an episode takes about 1 s
+SILENT_S = 30.0  # so long may the other process leave everything unanswered; saving an episode takes about 1 s
 _END_S = 10.0  # and so long may it take to end
 _TELL_AFTER_S = 2.0
-_SLOWER = 1.1  # an episode that took so many times what its rows say is told
+_SLOWER = 1.1  # times what its rows say: an episode that took longer gets a line
 _DISK_FULL = ("No space left", "Errno 28", "Disk quota", "File too large")
 _WHOLE = "Episodes saved before are whole."
 _BY_LEROBOT = ("timestamp", "frame_index", "episode_index", "index", "task_index")  # columns of every data set
@@ -198,9 +198,9 @@ class DatasetRecorder:
     @property
     def busy(self) -> bool:
         """Whether an episode is being saved. Gives up on a process that does nothing any more."""
-        if self._sink.silent_s > _SILENT_S:
+        if self._sink.silent_s > SILENT_S:
             self._sink.kill()
-            why = f"has not answered for {_SILENT_S:.0f} s (a network directory that is gone, a disk that hangs?) and was ended"
+            why = f"has not answered for {SILENT_S:.0f} s (a network directory that is gone, a disk that hangs?) and was ended"
             self._fail(f"the recording process {why}: the last episode is lost. {_WHOLE}")
         return self.failure is None and self._sink.pending
 
@@ -556,7 +556,7 @@ def check_whole(out: Path) -> None:
 
 
 def _entries(parquet: Any, file: Path) -> list[dict[str, Any]]:
-    """Of the episodes, without their statistics."""
+    """The rows of the episodes, without their statistics."""
     names = [name for name in parquet.read_schema(file).names if not name.startswith("stats/")]
     return parquet.read_table(file, columns=names).to_pylist()
 

@@ -170,7 +170,7 @@ def _safety(safety: Limits) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Section:
-    """A table. Without columns its rows are names and what is said of them. `notes` explain its words."""
+    """A table. Without columns its rows are names and values. `notes` explain its words."""
 
     title: str
     columns: Sequence[str]
@@ -179,7 +179,7 @@ class Section:
 
 
 def sections(report: Mapping[str, Any]) -> list[Section]:
-    """Of a report as `build_report` makes it."""
+    """The sections of a report that `build_report` made."""
     controller = {name.replace("_", " "): value for name, value in report["controller"].items() if value is not None}
     rows = [(name, _listed(value)) for name, value in controller.items()]
     return [Section("run", (), list(_run_rows(report))), *_scene(report), _stages(report), *_joints(report), Section("controller", (), rows)]

@@ -143,7 +143,7 @@ class Sink:
         is slow already to start. Nothing may be given afterwards."""
         if self._process is None or self._closing:
             return True
-        self._closing, ended_s = True, time.monotonic()  # before it is told: what ends then has not ended by itself
+        self._closing, ended_s = True, time.monotonic()  # first: what ends after this has not ended by itself
         with contextlib.suppress(OSError):
             self._pipe.send(None)
         try:
@@ -271,7 +271,7 @@ def _serve(pipe: Connection, ring: _Ring, consumer: Callable[..., Any], *argumen
                 else:
                     getattr(made, method)(*values)
                 tell("done", slot)
-    except Exception as error:  # noqa: BLE001 - whatever it was: the run is told, and decides
+    except Exception as error:  # noqa: BLE001 - whatever it was: the run decides
         tell("error", f"{type(error).__name__}: {error}".splitlines()[0][:300])
 
 

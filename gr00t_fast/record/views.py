@@ -34,7 +34,7 @@ from gr00t_fast.record.sink import Sink, Tell
 Echo = Callable[[str], None]
 QUEUED_TICKS = 60  # two seconds at 30 Hz; 55 MB of a 640x480 camera
 _START_S = 10.0
-_FINISH_S = 20.0  # to encode what is queued; the process has a lower priority than the rest of a busy machine. Ctrl-C ends the waiting
+FINISH_S = 20.0  # to encode what is queued; the process has a lower priority than the rest of a busy machine. Ctrl-C ends the waiting
 _GIF_FINISH_S_PER_FRAME = 0.1  # a GIF is only encoded once its palette, and so its last frame, is known
 _GIF_FPS = 10.0  # GIF stores every frame nearly whole; viewers show 10 frames/s reliably
 _GIF = ["-filter_complex", "split[a][b];[a]palettegen=stats_mode=diff[p];[b][p]paletteuse", "-c:v", "gif"]  # a palette of the clip's own 256 colours
@@ -79,7 +79,7 @@ class View:
 
     def __exit__(self, *error: object) -> None:
         """Wait for what is queued, but not for a process that hangs: that is killed."""
-        limit_s = _FINISH_S + self.finish_s_per_frame * self._seen / self.every
+        limit_s = FINISH_S + self.finish_s_per_frame * self._seen / self.every
         if not self.sink.close(limit_s):
             self._failed = True
             self.warnings.append(f"{self._flag}: its process did not finish within {limit_s:.0f} s and was ended.")

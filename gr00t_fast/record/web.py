@@ -212,7 +212,7 @@ def _token() -> str:
 
 
 def names_of(sock: socket.socket) -> tuple[tuple[str, ...], str, str]:
-    """Of a socket that listens: what a browser may call this machine, the token that it needs or "", and the address to open."""
+    """A socket that listens -> what a browser may call this machine, the token that it needs or "", and the address to open."""
     host, port = sock.getsockname()[:2]
     local = host in (HERE, "::1")
     token = "" if local else _token()

@@ -257,7 +257,8 @@ def disconnect_camera(opened: Any) -> None:
 
 
 def newest_frame(opened: Any, oldest_ms: int) -> tuple[np.ndarray, float]:
-    """Of a camera of lerobot, and its age in seconds. One without a thread of its own (Reachy 2's, a plugin's) is read now. Raises what it raises."""
+    """The newest frame of a camera of lerobot, and its age in seconds. One without a thread of its own (Reachy 2's, a plugin's) is read now. Raises
+    what it raises."""
     if not (hasattr(opened, "thread") and hasattr(opened, "latest_timestamp")):
         return opened.async_read(timeout_ms=oldest_ms), 0.0
     came_s = opened.latest_timestamp  # before the frame, which is this one or a newer one
@@ -284,7 +285,7 @@ try:
 except ImportError:  # Windows opens a COM port for one program only, so no lock is needed there
     fcntl = None  # type: ignore[assignment]
 
-_PTYS = ("/dev/pts/", "/dev/ttys")  # Linux, macOS
+PTYS = ("/dev/pts/", "/dev/ttys")  # Linux, macOS
 _PTY_MASTERS = ("/dev/ptmx", "/dev/pts/ptmx")
 
 
@@ -324,7 +325,7 @@ def lock_port(descriptor: int, port: str) -> None:
     except BlockingIOError as error:
         users = "; ".join(programs_using(port)) or "another program (or another arm object of this one)"
         raise RobotError(f"the serial port {port} is in use by {users}. Stop it, or choose another --robot.port.") from error
-    if not os.path.realpath(port).startswith(_PTYS) and os.getpid() != 1:
+    if not os.path.realpath(port).startswith(PTYS) and os.getpid() != 1:
         with contextlib.suppress(OSError):  # not every driver has it
             fcntl.ioctl(descriptor, termios.TIOCEXCL)
 

@@ -142,7 +142,7 @@ class ServoHealth:
             )
 
     def _error_bits(self, servo_id: int) -> int:
-        """Of its newest status packet, and of its status register when last polled."""
+        """The error bits of its newest status packet, and of its status register when last polled."""
         state = self._states.get(servo_id)
         return self._bus.error_bits.get(servo_id, 0) | (state.error_bits if state is not None else 0)
 

@@ -88,8 +88,8 @@ class SO100FollowerArm:
         self.events: Counter[str] = Counter()
         self._busy = threading.Lock()
         self._stage = Stage.APART
-        self._follower: Any = None  # lerobot's SO100Follower
-        self._bus: Any = None  # its bus, guarded
+        self.follower: Any = None  # lerobot's SO100Follower
+        self.bus: Any = None  # its bus, guarded
         self._render = render
         self._rendered: RenderedCameras | None = None  # where cameras are of `type: sim`
         self._landing: LandingReport | None = None
@@ -115,7 +115,7 @@ class SO100FollowerArm:
         """Open and check everything; the motors stay as they are until `reset` or `send`. Raises RobotError with everything closed again."""
         if self._stage not in (Stage.APART, Stage.LANDED):
             raise RobotError("the arm is already connected. Call land() before connecting again.")
-        self._stage, self._follower, self._landing, self.rest_pose = Stage.APART, None, None, None
+        self._stage, self.follower, self._landing, self.rest_pose = Stage.APART, None, None, None
         self._goal: np.ndarray | None = None  # the last one that was sent
         self._found_on: dict[str, bool] = {}  # by joint: whether it was powered before this run
         self._unwatched = False  # whether the watchdog was found to have ended
@@ -144,8 +144,8 @@ class SO100FollowerArm:
         if pose is None and self._found_powered:
             self._watchdog.lower_to([])
         elif pose is not None and not self.stays_powered:
-            ids = (self._bus.motors[joint].id for joint in SO100_JOINTS)
-            steps = self._bus._unnormalize(dict(zip(ids, np.clip(pose, *self.joint_limits.T).tolist(), strict=True)))
+            ids = (self.bus.motors[joint].id for joint in SO100_JOINTS)
+            steps = self.bus._unnormalize(dict(zip(ids, np.clip(pose, *self.joint_limits.T).tolist(), strict=True)))
             self._watchdog.lower_to([*steps.values()])
 
     def observe(self, with_frames: bool = True) -> Observation:
@@ -154,7 +154,7 @@ class SO100FollowerArm:
         only a camera is to blame."""
         with self._using("observing"):
             joints, time_s = self._read_joints()
-            taken = {name: self._read_frame(name, camera) for name, camera in self._follower.cameras.items() if with_frames}
+            taken = {name: self._read_frame(name, camera) for name, camera in self.follower.cameras.items() if with_frames}
             frames, ages_s = {name: frame for name, (frame, _) in taken.items()}, {name: age_s for name, (_, age_s) in taken.items()}
             if with_frames and self._rendered is not None:
                 frames |= self._draw(joints)
@@ -202,12 +202,12 @@ class SO100FollowerArm:
         follower = glue.make_follower(self.config)
         glue.check_calibration_file(follower, self.config)
         tries, how_to_calibrate = 1 + self.config.num_read_retries, glue.calibrate_command(self.config)
-        bus = follower.bus = self._bus = guarded(follower.bus, self.events, self._exchanging, tries, how_to_calibrate)
+        bus = follower.bus = self.bus = guarded(follower.bus, self.events, self._exchanging, tries, how_to_calibrate)
         self.units_per_deg, self.joint_limits = glue.scale_and_limits(follower.calibration, self.config.use_degrees)
         self._guard = JumpGuard(self.units_per_deg)
         self._health = ServoHealth(bus, self.units_per_deg, self.events)
         self._reconnects = PerMinute(RECONNECTS)
-        self._follower = follower  # last: what lands an arm that has one needs the others
+        self.follower = follower  # last: what lands an arm that has one needs the others
         self._repeat("finding the servos", self._open_bus)
         self._repeat("asking the servos whether they are powered", self._see_power)
         self._repeat("reading the servos' calibration", lambda: glue.check_calibration_in_servos(follower, self.config))
@@ -217,8 +217,8 @@ class SO100FollowerArm:
         bus.late_answer_s = LATE_ANSWER_S
 
     def _see_power(self) -> None:
-        """An arm that is powered already was left so by a program that ended without landing it, or that was told to hold."""
-        self._found_on = {joint: bool(on) for joint, on in self._bus.sync_read("Torque_Enable").items()}
+        """An arm that is powered already was left so by a program that ended without landing it, or that was to hold."""
+        self._found_on = {joint: bool(on) for joint, on in self.bus.sync_read("Torque_Enable").items()}
         self._stage = Stage.SEEN
         if any(self._found_on.values()):
             self.events["found_powered"] += 1
@@ -237,7 +237,7 @@ class SO100FollowerArm:
         if not self._found_powered and not self.stays_powered:
             self.rest_pose = self._first_reading()
         self._stage = Stage.ENGAGED  # before the first write: whatever goes wrong in it, landing has motors to switch off
-        self._repeat("configuring the servos", self._follower.configure)
+        self._repeat("configuring the servos", self.follower.configure)
         self._first_reading()
 
     def _exchanging(self) -> None:
@@ -267,22 +267,22 @@ class SO100FollowerArm:
 
     def _open_bus(self, check: Callable[[], object] = lambda: None) -> None:
         """Open the port and look for the servos, then `check`. A stop is seen before each request. The port is closed again when that fails."""
-        self._bus.open()
+        self.bus.open()
         if self._stage is Stage.APART:
             self._stage = Stage.OPENED
         self._looking = True
         try:
-            self._bus._handshake()  # are all servos there, of the right model and one firmware?
+            self.bus._handshake()  # are all servos there, of the right model and one firmware?
             check()
         except BaseException:
-            self._bus.close()
+            self.bus.close()
             raise
         finally:
             self._looking = False
 
     def _connect_failure(self, what: str, error: Exception) -> str:
         message = f"{what} on {self.config.port} failed {CONNECT_ATTEMPTS} times: {_one_line(error)}. "
-        complaints = {servo: error_names(bits) for servo, bits in self._bus.error_bits.items() if bits}
+        complaints = {servo: error_names(bits) for servo, bits in self.bus.error_bits.items() if bits}
         if complaints:
             named = "; ".join(f"servo {servo} reports {', '.join(names)}" for servo, names in complaints.items())
             return message + f"{named}. Relieve the joint, then switch the arm's power off and on."
@@ -312,9 +312,9 @@ class SO100FollowerArm:
     def _read_joints(self) -> tuple[np.ndarray, float]:
         before = self._guard.last
         try:
-            if not self._bus.is_connected:
+            if not self.bus.is_connected:
                 self._reconnect()
-            self._bus.check_open()
+            self.bus.check_open()
             joints, time_s, plausible = self._one_reading()
             if not plausible:  # to a program that was held up it comes late, and needs the second one all the same
                 joints, time_s, plausible = self._one_reading()
@@ -342,7 +342,7 @@ class SO100FollowerArm:
     def _one_reading(self) -> tuple[np.ndarray, float, bool]:
         """Joints (6,), when, and whether they can have got there since the reading before."""
         asked_s, first = time.perf_counter(), self._guard.last is None
-        reading = self._bus.sync_read("Present_Position")
+        reading = self.bus.sync_read("Present_Position")
         joints, time_s = np.array([reading[joint] for joint in SO100_JOINTS], dtype=np.float64), time.perf_counter()
         plausible = self._guard.accepts(joints, asked_s, time_s)
         if not plausible and not first:
@@ -394,11 +394,11 @@ class SO100FollowerArm:
 
     def _send(self, goal: np.ndarray) -> None:
         try:
-            self._bus.check_open()
+            self.bus.check_open()
             if (self._dark or time.perf_counter() - self._read_s > LONGEST_BLIND_S) and not self._may_send():
                 self.events["goal_dropped"] += 1
                 raise MissedReadingError("the servos do not say whether they hold.")
-            self._bus.sync_write("Goal_Position", dict(zip(SO100_JOINTS, self._within_step(goal).tolist(), strict=True)))
+            self.bus.sync_write("Goal_Position", dict(zip(SO100_JOINTS, self._within_step(goal).tolist(), strict=True)))
             self._dark = False
         except Gr00tFastError:
             raise
@@ -426,7 +426,7 @@ class SO100FollowerArm:
         """lerobot's step limit, as its `send_action` applies it. That refuses when a camera is closed; the arm must still be put down then."""
         if self.max_step is None:
             return goal
-        present = self._bus.sync_read("Present_Position")
+        present = self.bus.sync_read("Present_Position")
         here = np.array([present[joint] for joint in SO100_JOINTS])
         return np.clip(goal, here - self.max_step, here + self.max_step)
 
@@ -434,9 +434,9 @@ class SO100FollowerArm:
 
     def _lost(self, cause: Exception) -> RobotError:
         """The port has gone: what to raise about it."""
-        if not self._bus.is_connected:  # known already
+        if not self.bus.is_connected:  # known already
             return self._away(cause)
-        self._bus.close()  # the next reading finds and checks the arm anew
+        self.bus.close()  # the next reading finds and checks the arm anew
         if self._reconnects.exceeded(time.perf_counter()):
             return BusFault(f"the port {self.config.port} was lost more than {RECONNECTS} times within a minute. Check the USB cable and its plugs.")
         log.warning("lost %s (%s); waiting up to %.1f s for it", self.config.port, _one_line(cause), self.config.reconnect_s)
@@ -449,12 +449,12 @@ class SO100FollowerArm:
     def _reconnect(self) -> None:
         """Look for the port, and check that the same arm is behind it. Raises ArmAwayError while it is not there, and BusFault."""
         try:
-            self._open_bus(lambda: glue.check_calibration_in_servos(self._follower, self.config))
+            self._open_bus(lambda: glue.check_calibration_in_servos(self.follower, self.config))
             self._restored(self._held)
         except Gr00tFastError as error:  # another arm is behind the port, it fell, or another program has taken it
             raise BusFault(str(error)) from error
         except (*EXCHANGE_FAILED, *LINK_LOST) as error:
-            self._bus.close()
+            self.bus.close()
             raise self._away(error) from error
         self._guard.forget()
         self.events["reconnect"] += 1
@@ -463,7 +463,7 @@ class SO100FollowerArm:
     # Landing
 
     def _land(self, report: LandingReport, as_found: bool) -> None:
-        follower, bus = self._follower, self._bus
+        follower, bus = self.follower, self.bus
         if follower is None:
             report.port_closed = report.cameras_closed = True
             return

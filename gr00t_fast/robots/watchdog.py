@@ -173,7 +173,7 @@ BLIND_WRITES = 5  # a broadcast write is not acknowledged
 ANSWER_S = 0.03
 SILENT_S = 0.5  # an arm in mid-air holds while a servo is asked again: one lost answer must not let go of it
 LOCK_S = 0.05
-# Of the slow move of an arm whose program is gone, in encoder steps (4096 a turn): 30 degrees a second, goals at most 15 degrees ahead of a joint.
+# The slow move of an arm whose program is gone, in encoder steps (4096 a turn): 30 degrees a second, goals at most 15 degrees ahead of a joint.
 MOVE_TICK_S, MOVE_STEPS_S, MOST_AHEAD, ARRIVED, MOVE_SETTLE_S = 1 / 30, 341.0, 170.0, 34, 1.0
 PUT_DOWN = "The arm was moved down slowly. "
 MESSAGE_S = 10  # a terminal that takes no text for so long does not get it
@@ -314,7 +314,7 @@ def known(line: Any, servo: int, address: int, length: int = 1) -> int:
 
 
 def locked(line: Any, wait_s: float = LOCK_S) -> bool:
-    """Mark the port as ours, as every run does: a program that starts meanwhile is refused. Of a program that is ending the mark goes with it."""
+    """Mark the port as ours, as every run does: a program that starts meanwhile is refused. The mark goes with a program that is ending."""
     import fcntl
 
     end_s = time.monotonic() + wait_s

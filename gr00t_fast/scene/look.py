@@ -62,7 +62,7 @@ class Place:
 
 @dataclass
 class Look:
-    """findings in the order of their weight. Of each camera: measures (card.measured), its place (3, 3) upon the recorded picture, and uint8 RGB
+    """findings in the order of their weight. For each camera: measures (card.measured), its place (3, 3) upon the recorded picture, and uint8 RGB
     (H, 3 W, 3): the recorded picture, the live one, their difference."""
 
     findings: list[Finding] = field(default_factory=list)
@@ -211,7 +211,7 @@ def _limit(trained: Trained, measure: str, floor: float) -> float:
 
 
 def most_shift(trained: Trained) -> float:
-    """By how many pixels of its own size a camera's picture may be off: more is told."""
+    """By how many pixels of its own size a camera's picture may be off without a finding."""
     return _limit(trained, "shift", FLOOR["shift"] * trained.size[0] / 640)
 
 

@@ -61,7 +61,7 @@ class View:
 
     @classmethod
     def of(cls, picture: np.ndarray) -> View:
-        """Of a camera: everything but the border and what is black or white in all colours."""
+        """A camera's view: everything but the border and what is black or white in all colours."""
         usable = np.zeros(SIZE[::-1], bool)
         usable[MARGIN:-MARGIN, MARGIN:-MARGIN] = True
         return cls(picture, usable & ((picture > DARKEST) & (picture < BRIGHTEST)).any(-1))

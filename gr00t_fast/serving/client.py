@@ -1,4 +1,4 @@
-"""A `Policy` whose network runs behind a ZeroMQ socket, ours or NVIDIA's GR00T N1.5 inference service.
+"""A `Policy` whose network runs on a ZeroMQ server: ours, or NVIDIA's inference service of GR00T N1.5, N1.6 or N1.7.
 
 Every call ends within `timeout_s`. ZeroMQ numbers the requests (REQ_CORRELATE; every REP and ROUTER server sends the number back with its answer), so
 a late answer is not taken for the next request's. A connection that breaks is seen at once; the request is sent again while there is time.
@@ -43,7 +43,7 @@ _CODES_OF_TEXTS = {UNAUTHORISED_TEXT: ServerError.UNAUTHORISED, UNKNOWN_ENDPOINT
 
 
 class PolicyClient(Policy):
-    """A policy over a socket. One thread at a time, but any may close it; close it, or use it as a context manager."""
+    """A policy on a server. One thread may call it at a time, and any may close it. Close it, or use it as a context manager."""
 
     continues = True  # as far as the server does: another one refuses
 
@@ -317,7 +317,7 @@ def _actions(reply: Any) -> dict[str, np.ndarray]:
 
 
 def _code(reply: dict[str, Any]) -> str:
-    """Of an error; NVIDIA's servers tell theirs by the text alone."""
+    """The code of an error; NVIDIA's servers give a text alone."""
     codes = (code for text, code in _CODES_OF_TEXTS.items() if text in str(reply["error"]))
     return str(reply.get("code", "")) or next(codes, "")
 

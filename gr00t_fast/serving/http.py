@@ -50,8 +50,8 @@ MAX_BODY_BYTES = 2**24 + 2**16  # two frames of 1920x1080 as base64; ZeroMQ carr
 MAX_CONNECTIONS = 256  # further requests are answered with 503
 MAX_WEBSOCKETS = 32  # at once: each may hold a message
 BODY_S = 30.0  # for all of a body
-_HEADER_S = 10.0  # from a connection's begin until it has sent the whole header of a request
-_IDLE_S = 30  # from an answer to the whole header of the connection's next request
+HEADER_S = 10.0  # from a connection's begin until it has sent the whole header of a request
+IDLE_S = 30  # from an answer to the whole header of the connection's next request
 _STOP_S = 1
 _HEALTH = b'{"status":"healthy","model":"GR00T"}'
 _Event = dict[str, Any]
@@ -91,7 +91,8 @@ class HttpApplication:
         await _reply(send, 200, reply, kind)
 
     async def _body(self, scope: _Event, receive: _Receive) -> bytearray | bytes:
-        """Of a request for actions; the whole reply, as bytes, to another one. Raises _RefusedError for a sender, path or size that is not served."""
+        """The body of a request for actions; the whole reply, as bytes, to another one. Raises _RefusedError for a sender, path or size that is
+        not served."""
         headers = {name.decode("latin-1"): value for name, value in scope["headers"]}
         self._check_sender(headers)
         route = (scope["method"], scope["path"])
@@ -247,7 +248,7 @@ class HttpPolicyServer(PolicyServerBase):
             server_header=False,
             proxy_headers=False,  # would believe whoever calls from this machine
             limit_concurrency=MAX_CONNECTIONS,
-            timeout_keep_alive=_IDLE_S,
+            timeout_keep_alive=IDLE_S,
             backlog=64,  # asyncio accepts as many before it turns to its clients again
             timeout_graceful_shutdown=_STOP_S,
         )
@@ -270,11 +271,11 @@ def _h11_protocol() -> type[asyncio.Protocol]:
     class TimedProtocol(H11Protocol):
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            self._limit = self.loop.call_later(_HEADER_S, self._end_unless_asked, self.cycle)
+            self._limit = self.loop.call_later(HEADER_S, self._end_unless_asked, self.cycle)
 
         def on_response_complete(self) -> None:
             self._limit.cancel()
-            self._limit = self.loop.call_later(_IDLE_S, self._end_unless_asked, self.cycle)
+            self._limit = self.loop.call_later(IDLE_S, self._end_unless_asked, self.cycle)
             super().on_response_complete()  # may begin with the next request
 
         def connection_lost(self, exc: Exception | None) -> None:
@@ -303,7 +304,7 @@ async def _reply(send: _Send, status: int, body: bytes, kind: bytes = b"applicat
 
 
 def _told(policy: Policy) -> dict[str, Any]:
-    """What openpi's clients are told when they connect."""
+    """What openpi's clients get when they connect."""
     keys = {modality: list(config.modality_keys) for modality, config in policy.get_modality_config().items()}
     return {"model": "GR00T", "keys": keys, **({} if policy.metadata is None else metadata_to_message(policy.metadata))}
 
@@ -346,7 +347,7 @@ def _status(error: Exception) -> int:
 
 
 def _name(client: Any) -> str:
-    """Of a client, for people and figures: its address without the port, which is another one for each connection."""
+    """A client's name, for people and figures: its address without the port, which is another one for each connection."""
     return str(client[0]) if client else ""
 
 

@@ -293,7 +293,7 @@ class Service:
         self.policy, self.api_token, self.figures = policy, api_token, Figures()
         self.times = BatchTimes()
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()  # its `put` may be interrupted by a signal handler that puts
-        self._queue = Queue(self.times)
+        self.queue = Queue(self.times)
         self._running_bytes = 0
         self._limit_bytes, self._max_waiting, self._max_wait_s = limit_bytes, max_waiting, max_wait_s
         self._stopping = threading.Event()
@@ -335,7 +335,7 @@ class Service:
         with self._lock:
             if self._stopping.is_set():
                 raise _stopping_error()
-            waiting = self._queue.waiting
+            waiting = self.queue.waiting
             replaced = waiting.get(client)
             others_bytes = self._running_bytes + sum(request.size_bytes for request in waiting.values() if request is not replaced)
             if (replaced is None and len(waiting) >= self._max_waiting) or others_bytes + size_bytes > self._limit_bytes:
@@ -350,26 +350,26 @@ class Service:
     def forget(self, gone: Callable[[Any], bool]) -> None:
         """Drop, without an answer, the waiting requests of clients for which `gone` is true."""
         with self._lock:
-            for client in [client for client in self._queue.waiting if gone(client)]:
-                del self._queue.waiting[client]
+            for client in [client for client in self.queue.waiting if gone(client)]:
+                del self.queue.waiting[client]
 
     def status(self) -> dict[str, Any]:
         """For an operator, JSON-ready: `Figures.status`, how many wait, and the measured times of batches in ms."""
         times_ms = {str(size): round(1000 * seconds, 1) for size, seconds in self.times.seconds.items()}
-        return {"waiting": len(self._queue.waiting), **self.figures.status(), "batch_ms": times_ms}
+        return {"waiting": len(self.queue.waiting), **self.figures.status(), "batch_ms": times_ms}
 
     def run(self) -> None:
         """Infer until `stop`; what still waits then is answered with an error."""
         while not self._stopping.is_set():
             self._wake.get()
             with self._lock:
-                together = self._queue.take(time.monotonic())
+                together = self.queue.take(time.monotonic())
                 self._running_bytes = sum(request.size_bytes for request in together)
             if together:
                 self._infer(together)
             del together  # it holds observations
         with self._lock:  # an `ask` that had seen no `stop` has queued its request by now, and later ones are refused
-            left = [self._queue.waiting.pop(client) for client in list(self._queue.waiting)]
+            left = [self.queue.waiting.pop(client) for client in list(self.queue.waiting)]
         for request in left:
             request.answer.set_exception(_stopping_error())
 
@@ -384,7 +384,7 @@ class Service:
         answers = dict(zip(fresh, self._answers(fresh), strict=True))
         ended_s = time.monotonic()
         with self._lock:
-            self._queue.served(ended_s)
+            self.queue.served(ended_s)
         for request in requests:
             too_old = ServerError(f"busy: the request waited longer than {self._max_wait_s:g} s. Try again later.", ServerError.BUSY)
             answer = answers.get(request, too_old)
@@ -397,7 +397,7 @@ class Service:
                 request.answer.set_result(answer)
 
     def _answers(self, requests: list[Request]) -> list[dict[str, np.ndarray] | Exception]:
-        """Of one inference; where that fails as a whole, of one for each: only whoever asked wrongly shall get an error."""
+        """The answers of one inference; where that fails as a whole, of one inference each: only a wrong request gets an error."""
         answers: list[dict[str, np.ndarray] | Exception] = []
         if len(requests) > 1:
             calls = [{"observation": request.observation, **request.options} for request in requests]

@@ -105,10 +105,10 @@ def write_random_checkpoint(
         raise ConfigError(f"{out} is a file; expected a directory for the checkpoint, or a name that is free.")
     config, backbone = network_config(size, published_tokenizer or size == "full", network)
     if network == "n1.5":
-        files = {"eagle2_hg_model/config.json": backbone, "experiment_cfg/metadata.json": _metadata(data_config, resolution)}
+        files = {"eagle2_hg_model/config.json": backbone, "experiment_cfg/metadata.json": metadata_of_random(data_config, resolution)}
         tokenizer = "eagle2_hg_model/tokenizer.json"
     else:
-        processor, statistics = (_processor_n1d7 if network == "n1.7" else _processor_n1d6)(data_config, frame_offsets)
+        processor, statistics = (processor_n1d7 if network == "n1.7" else _processor_n1d6)(data_config, frame_offsets)
         files = {"processor_config.json": processor, "statistics.json": statistics, "embodiment_id.json": {"new_embodiment": 10}}
         files |= {} if size == "full" else {BACKBONE_FILE: backbone}
         tokenizer = "tokenizer.json"
@@ -116,31 +116,13 @@ def write_random_checkpoint(
     for stale in (*(out / name for name in _TELLING_FILES), *out.glob("model*.safetensors*")):
         stale.unlink(missing_ok=True)
     if not published_tokenizer:
-        _write_tokenizer(out / tokenizer, sizes.language.image_token_id, network)
+        write_tokenizer(out / tokenizer, sizes.language.image_token_id, network)
     for name, content in files.items():
         write_json(out / name, content)
     if weights:
         write_weights(out, sizes, seed, dtype, max_shard_bytes)
     write_json(out / "config.json", config)  # last: it is what a checkpoint is known by
     return out
-
-
-def checkpoint_in(
-    directory: Path,
-    name: str,
-    size: str,
-    data_config: str = "so100",
-    seed: int = 0,
-    resolution: tuple[int, int] = (640, 480),
-    network: NetworkName = "n1.5",
-) -> Path:
-    """The random checkpoint of these settings in `directory`, written once. Its name begins with `name` and tells what is not the default."""
-    width, height = resolution
-    told = ((network, "n1.5"), (data_config, "so100"), (f"seed{seed}", "seed0"), (f"{width}x{height}", "640x480"))
-    path = directory / "-".join([name, size, *(text for text, default in told if text != default)])
-    if not ((path / "config.json").exists() and any(path.glob("model*.safetensors"))):
-        write_random_checkpoint(path, size, data_config, resolution, seed=seed, network=network)
-    return path
 
 
 def network_config(size: str, published_vocabulary: bool, network: NetworkName = "n1.5") -> tuple[dict[str, Any], dict[str, Any]]:
@@ -193,7 +175,7 @@ def byte_tokenizer(special_tokens: Sequence[str] = _SPECIAL_TOKENS["n1.5"]) -> T
     return tokenizer
 
 
-def _write_tokenizer(path: Path, image_token_id: int, network: NetworkName = "n1.5") -> None:
+def write_tokenizer(path: Path, image_token_id: int, network: NetworkName = "n1.5") -> None:
     """The image token gets the id that the configuration has; the library itself would complain of the unused ids below the published one."""
     content = json.loads(byte_tokenizer(_SPECIAL_TOKENS[network]).to_str())
     for token in content["added_tokens"]:
@@ -208,7 +190,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _metadata(data_config: str, resolution: tuple[int, int]) -> dict[str, Any]:
+def metadata_of_random(data_config: str, resolution: tuple[int, int]) -> dict[str, Any]:
     parts = {"single_arm": SO100_JOINTS[:-1], "gripper": SO100_JOINTS[-1:]}
     statistics = {part: _part_statistics([_RANGES_DEG[joint] for joint in joints]) for part, joints in parts.items()}
     shapes = {part: {"absolute": True, "rotation_type": None, "shape": [len(joints)], "continuous": True} for part, joints in parts.items()}
@@ -219,7 +201,7 @@ def _metadata(data_config: str, resolution: tuple[int, int]) -> dict[str, Any]:
     return {"new_embodiment": entry}
 
 
-def _processor_n1d7(data_config: str, frame_offsets: tuple[int, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+def processor_n1d7(data_config: str, frame_offsets: tuple[int, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
     """processor_config.json and statistics.json of the same imagined recordings: an arm relative to its pose, an absolute gripper."""
     known = DATA_CONFIGS[data_config]
     steps, unlisted = list(known.action_indices), dict.fromkeys(("sin_cos_embedding_keys", "mean_std_embedding_keys", "action_configs"))
@@ -236,7 +218,7 @@ def _processor_n1d7(data_config: str, frame_offsets: tuple[int, ...]) -> tuple[d
     settings |= {"crop_fraction": 0.95, "letter_box_transform": False, "model_type": "qwen", "formalize_language": True, "max_state_dim": 132}
     settings |= {"max_action_dim": 132, "max_action_horizon": 40, "use_percentiles": True, "use_mean_std": False, "clip_outliers": True}
     settings |= {"apply_sincos_state_encoding": False, "use_relative_action": True, "exclude_state": False}
-    absolute = _metadata(data_config, (640, 480))["new_embodiment"]["statistics"]
+    absolute = metadata_of_random(data_config, (640, 480))["new_embodiment"]["statistics"]
     arm_joints = len(_RANGES_DEG) - 1
     rows = [_part_statistics([(-2.0 - step, 2.0 + step)] * arm_joints) for step in steps]  # degrees away from the pose, step by step
     relative = {"single_arm": {name: [row[name] for row in rows] for name in rows[0]}}
@@ -245,8 +227,8 @@ def _processor_n1d7(data_config: str, frame_offsets: tuple[int, ...]) -> tuple[d
 
 
 def _processor_n1d6(data_config: str, frame_offsets: tuple[int, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """As `_processor_n1d7`, as N1.6's training writes it."""
-    processor, statistics = _processor_n1d7(data_config, frame_offsets)
+    """As `processor_n1d7`, as N1.6's training writes it."""
+    processor, statistics = processor_n1d7(data_config, frame_offsets)
     settings = processor["processor_kwargs"]
     processor["processor_class"] = "Gr00tN1d6Processor"
     for key in ("letter_box_transform", "use_mean_std", "exclude_state"):
@@ -278,7 +260,7 @@ def write_weights(out: Path, config: ModelConfig, seed: int, dtype: torch.dtype,
         shards[-1].append(name)
     files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)] if shards[1:] else ["model.safetensors"]
     for file, names in zip(files, shards, strict=True):
-        save_file({name: _random_tensor(name, shapes[name], generator, dtype) for name in names}, out / file, metadata={"format": "pt"})
+        save_file({name: random_tensor(name, shapes[name], generator, dtype) for name in names}, out / file, metadata={"format": "pt"})
         print(f"wrote {file}: {len(names)} tensors", file=sys.stderr)
     if shards[1:]:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
@@ -321,7 +303,7 @@ def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     return 0.0, (shape[-2] if by_category else math.prod(shape[1:])) ** -0.5
 
 
-def _random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     mean, deviation = _distribution(name, shape)
     return (mean + deviation * torch.randn(shape, generator=generator)).to(dtype)
 

@@ -205,6 +205,7 @@ def lerobot_command(directory: Path, checkpoint: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(virtual_camera.compiler() is None, reason="needs a C compiler for the virtual camera (apt install gcc)")
 def test_lerobots_own_program_drives_the_arm_with_our_actions(installed: Path, checkpoint: Path, bus: Path) -> None:
     import pyarrow.parquet

@@ -27,7 +27,7 @@ TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}
 TEXTS["CHANGELOG.md"] = re.sub(r"### Removed.*?(?=\n## |\Z)", "", TEXTS["CHANGELOG.md"], flags=re.DOTALL)  # what is gone is no longer checked
 LATER_SCRIPTS = {"lerobot-rollout"}  # of lerobot 0.6; tests/contract/test_lerobot_plugin.py runs it where it is installed
 SETUP = (ROOT / "setup.cfg").read_text(encoding="utf-8")
-BUILD = parse._build
+BUILD = parse.build
 
 
 def blocks(language: str, text: str) -> list[str]:
@@ -58,7 +58,7 @@ def test_command_parses(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert words[0] in {point.name for point in importlib.metadata.distribution("lerobot").entry_points} | LATER_SCRIPTS
     elif not {"--help", "--help-all"} & set(words):
         module, argv = program_of(words)
-        monkeypatch.setattr(parse, "_build", build_and_end)
+        monkeypatch.setattr(parse, "build", build_and_end)
         monkeypatch.chdir(ROOT)
         with pytest.raises(Parsed):
             importlib.import_module(module).main(argv)

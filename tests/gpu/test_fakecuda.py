@@ -1,5 +1,5 @@
 """What engines ask of a CUDA device, on one that is not there: no recording holds what CUDA refuses, a call is one upload, one launch, one download
-and one wait, a second one allocates nothing, and graphs and memory are the committed figures (benchmarks/results/gpu_graphs.json), which stand in
+and one wait, a second one allocates nothing, and graphs and memory are the committed figures (tests/golden/gpu_graphs.json), which stand in
 for milliseconds until a GPU gives some."""
 
 from __future__ import annotations
@@ -48,12 +48,14 @@ def comparable(name: str, figures: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in figures.items() if "short" not in name or not key.endswith("_gb")}
 
 
+@pytest.mark.slow
 def test_what_engines_ask_a_gpu_for(found: dict[str, dict[str, Any]]) -> None:
     """A second call allocates nothing."""
     for name, figures in found.items():
         assert (name, figures["violations"], figures["second_call"], figures["second_call_allocations"]) == (name, 0, ONE_CALL, 0)
 
 
+@pytest.mark.slow
 def test_graphs_and_memory_of_what_engines_ask_a_gpu_for_are_the_committed_ones(found: dict[str, dict[str, Any]]) -> None:
     committed = json.loads(fakecuda.COMMITTED.read_text())
     if committed["torch"] != torch.__version__:

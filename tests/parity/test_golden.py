@@ -163,8 +163,8 @@ def test_the_engine_fused_agrees_with_eager_at_every_stage(golden: Golden, form:
     """Each stage from what eager's stage before it made. `packed`: every layer that comes again, where oneDNN can."""
     if form == "packed":
         monkeypatch.setattr(packed, "MIN_WEIGHT_BYTES", 0)
-        monkeypatch.setattr(packed, "_ways", {})
-        monkeypatch.setattr(packed, "_FASTER", 0.0)
+        monkeypatch.setattr(packed, "chosen_ways", {})
+        monkeypatch.setattr(packed, "FASTER", 0.0)
     eager, fused, inputs = EagerEngine(_network(golden.checkpoint)), FusedEngine(load_network(golden.checkpoint)), golden.inputs
     with torch.inference_mode():
         for _ in range(2):

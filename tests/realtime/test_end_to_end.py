@@ -154,6 +154,7 @@ def _recorded(data: Path) -> list[dict]:
     return [dataset[index] for index in range(len(dataset))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["n1d6", "n1d7"])
 def test_a_server_drives_the_arm(stand: Stand, network: str) -> None:
     for package in ("msgpack", "zmq"):  # not among those of the tests with lerobot 0.6

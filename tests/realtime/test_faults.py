@@ -202,12 +202,12 @@ def test_landing_switches_the_others_off_before_a_silent_one_is_asked_which_is_r
         seen_off: list[bool] = []
 
         def first_asked(*request: object, **how: object) -> object:
-            del arm._bus.ask
+            del arm.bus.ask
             until(lambda: not any(list(bus.torque().values())[1:]))
             seen_off.append(True)  # landing itself survives whatever is raised here
-            return arm._bus.ask(*request, **how)
+            return arm.bus.ask(*request, **how)
 
-        arm._bus.ask = first_asked
+        arm.bus.ask = first_asked
         report = arm.land()
         assert seen_off
         assert [(joint, state) for joint, state in report.torque.items() if state != "off"] == [("shoulder_pan", "unknown")]
@@ -217,7 +217,7 @@ def test_landing_switches_the_others_off_before_a_silent_one_is_asked_which_is_r
 
 def test_late_answers_pass_neither_for_the_next_one_nor_for_an_acknowledgement(tmp_path: Path) -> None:
     with connected(tmp_path) as (bus, arm):
-        here, line = arm.observe().joints, arm._bus.line
+        here, line = arm.observe().joints, arm.bus.line
         line.write(Request(2, Instruction.READ, bytes((56, 2))).encode())  # nobody reads this answer
         time.sleep(0.05)
         np.testing.assert_allclose(arm.observe().joints, here, atol=0.2)
@@ -233,7 +233,7 @@ def test_a_port_that_opens_and_cannot_be_read_is_given_up(tmp_path: Path, monkey
     monkeypatch.setattr("gr00t_fast.robots.so100.LAND_REOPEN_S", 0.2)
     with connected(tmp_path) as (bus, arm):
         with monkeypatch.context() as patch:
-            patch.setattr(type(arm._bus.line), "in_waiting", property(raising(OSError("Input/output error"))))
+            patch.setattr(type(arm.bus.line), "in_waiting", property(raising(OSError("Input/output error"))))
             report = arm.land()
         assert set(report.torque.values()) == {"unknown"}
         assert "power supply" in report.problems[0]
@@ -332,7 +332,7 @@ def test_another_arm_behind_the_port_after_reconnecting_is_refused(tmp_path: Pat
 
 def test_ctrl_c_half_way(tmp_path: Path) -> None:
     with connected(tmp_path, engaged=False) as (_, arm):
-        arm._follower.configure = raising(KeyboardInterrupt())
+        arm.follower.configure = raising(KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             arm.reset()
 

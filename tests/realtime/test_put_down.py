@@ -59,7 +59,7 @@ class Stand:
         self.let_go, self.let_go_s = np.full(6, np.nan), 0.0
 
     def _connected(self, observation: Any) -> None:
-        self.arm._follower.cameras["front"] = self.camera
+        self.arm.follower.cameras["front"] = self.camera
 
     @staticmethod
     def _towards(here: np.ndarray) -> np.ndarray:

@@ -95,7 +95,7 @@ class FakeRobot:
 
     def observe(self, with_frames: bool = True) -> Observation:
         self.on_observe()
-        self._move()
+        self.move()
         if with_frames:
             self.on_frames()
         frames = {name: np.zeros((spec.height, spec.width, 3), np.uint8) for name, spec in self.cameras.items() if with_frames}
@@ -103,10 +103,10 @@ class FakeRobot:
 
     def send(self, targets: np.ndarray) -> None:
         self.on_send()
-        self._move()
+        self.move()
         self.sent.append((self.clock.now_s(), targets.copy()))
 
-    def _move(self) -> None:
+    def move(self) -> None:
         if self.sent and self.clock.now_s() - self.sent[-1][0] > 0.5 * TICK_S:
             self.pose = self.stopped_at(self.sent[-1][1].copy())
 

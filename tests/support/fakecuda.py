@@ -1,7 +1,6 @@
 """Run engines on a CUDA device that is not there, and count what they ask of it (fakecuda.cpp). Figures at the published size are committed:
 
-    python tests/support/fakecuda.py       # writes benchmarks/results/gpu_graphs.json; some ten minutes, most of them in Inductor
-
+    python tests/support/fakecuda.py       # writes tests/golden/gpu_graphs.json; some ten minutes, most of them in Inductor
 
 torch's CUDA build, Inductor and Triton run as on a GPU, in a process of its own with the stand-in loaded first; kernels compute nothing.
 """
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMITTED = ROOT / "benchmarks" / "results" / "gpu_graphs.json"
+COMMITTED = ROOT / "tests" / "golden" / "gpu_graphs.json"
 SHORT = {"n1.5": 2, "n1.6": 4, "n1.7": 4}  # blocks after which the transformer repeats itself: what `make test` compiles in some seconds
 
 

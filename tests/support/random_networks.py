@@ -66,8 +66,8 @@ def write_network(
     config, eagle = sizes.configuration()
     write_json(directory / "config.json", config)
     write_json(directory / "eagle2_hg_model" / "config.json", eagle)
-    write_json(directory / "experiment_cfg" / "metadata.json", rc._metadata(data_config, resolution))
-    rc._write_tokenizer(directory / "eagle2_hg_model" / "tokenizer.json", eagle["image_token_index"])
+    write_json(directory / "experiment_cfg" / "metadata.json", rc.metadata_of_random(data_config, resolution))
+    rc.write_tokenizer(directory / "eagle2_hg_model" / "tokenizer.json", eagle["image_token_index"])
     rc.write_weights(directory, n1d5.read_config(config, eagle), seed, dtype, shard_bytes)
     return directory
 
@@ -107,7 +107,7 @@ def write_network_n1d7(
 ) -> Path:
     """Without a tokenizer: a network, and what tells its embodiment."""
     config, backbone = sizes.configuration()
-    processor, statistics = rc._processor_n1d7("so100", (0,))
+    processor, statistics = rc.processor_n1d7("so100", (0,))
     processor["processor_kwargs"].update(max_state_dim=sizes.state_dim, max_action_dim=sizes.action_dim, max_action_horizon=sizes.horizon)
     files = {"config.json": config, BACKBONE_FILE: backbone, "processor_config.json": processor, "statistics.json": statistics}
     for name, content in {**files, "embodiment_id.json": {"new_embodiment": sizes.row}}.items():

@@ -37,10 +37,10 @@ class ArithmeticPolicy(Policy):
         self.config = load_data_config(data_config)
         self.metadata = policy_metadata({key.removeprefix("video."): (40, 32) for key in self.config.video_keys}, fps=fps)
         self.calls, self.resets, self.threads = 0, 0, set()
-        self._busy, self.released = threading.Lock(), threading.Event()
+        self.busy, self.released = threading.Lock(), threading.Event()
 
     def get_action(self, observation: dict[str, Any], noise: Any = None, prefix: ActionPrefix | None = None) -> dict[str, np.ndarray]:
-        assert self._busy.acquire(blocking=False), "two threads in one policy"
+        assert self.busy.acquire(blocking=False), "two threads in one policy"
         try:
             self.calls += 1
             self.threads.add(threading.get_ident())
@@ -57,7 +57,7 @@ class ArithmeticPolicy(Policy):
                 actions[key][..., : prefix.inference_delay, :] = rows[..., : prefix.inference_delay, :]
             return actions
         finally:
-            self._busy.release()
+            self.busy.release()
 
     def _actions(self, parsed: Any, noise: Any) -> dict[str, np.ndarray]:
         brightness = sum(10.0**place * frames.reshape(parsed.batch, -1).mean(1) for place, frames in enumerate(parsed.frames.values()))

@@ -35,7 +35,7 @@ def parse_flags(
     settings = {**from_file, **given}
     notes = _settle_types(settings, given, table)
     missing: dict[str, str] = {}
-    config = _build(config_class, settings, table, missing)
+    config = build(config_class, settings, table, missing)
     if isinstance(config, Flags):
         missing |= dict(config.missing())
     if missing:
@@ -74,7 +74,7 @@ def _read_command_line(argv: Sequence[str], table: Mapping[str, Flag], more: str
 
 
 def _flag_of(written: str, table: Mapping[str, Flag], more: str, others: Others) -> tuple[Flag, bool]:
-    """The flag, and whether it is said with `no`."""
+    """The flag, and whether `no` stands before it."""
     name = written.replace("-", "_")
     if name in table:
         return table[name], False
@@ -124,7 +124,7 @@ def _settle_types(settings: dict[str, Any], given: Mapping[str, Any], table: Map
     return notes
 
 
-def _build(config_class: type[T], settings: Mapping[str, Any], table: Mapping[str, Flag], missing: dict[str, str]) -> T:
+def build(config_class: type[T], settings: Mapping[str, Any], table: Mapping[str, Flag], missing: dict[str, str]) -> T:
     """Required flags that are not there are None, and added to `missing` with what they are."""
     values: dict[str, Any] = {}
     for flag in fields_of(config_class):
@@ -136,7 +136,7 @@ def _build(config_class: type[T], settings: Mapping[str, Any], table: Mapping[st
             elif of_choice:
                 missing[f"{flag.name}.type"] = f"choose from {', '.join(words_of(table[f'{flag.name}.type'].hint))}"
         elif dataclasses.is_dataclass(inner):
-            values[flag.name] = _build(typing.cast(type, inner), settings, table, missing)
+            values[flag.name] = build(typing.cast(type, inner), settings, table, missing)
         elif flag.name in settings:
             values[flag.name] = settings[flag.name]
         elif flag.default is MISSING:

@@ -55,7 +55,7 @@ class Simulation:
     Deterministic per seed and sequence of calls. Safe to use from several threads: pictures are drawn from a snapshot outside the lock.
     With a block speed the block of `reach` is carried to and fro, as on a belt that nothing stops, see `scene.block_path`.
     `servo_lag_ms`: by how much a joint in motion trails its target. None: as the model's motors do, 90 to 103 ms. More: targets pass a first-order
-    low-pass before the motors. Of a real SO-101 133 to 200 ms were measured (public recording, 4 episodes at 30 Hz: 4 to 6 ticks between commanded
+    low-pass before the motors. A real SO-101 had 133 to 200 ms (public recording, 4 episodes at 30 Hz: 4 to 6 ticks between commanded
     and measured joints); first order because lerobot halves the servos' proportional gain (P_Coefficient 16), which rounds motions off.
     `watch` is called at each tick of TICK_S, after `success` has been judged.
     Raises ConfigError (task, view, values), MissingExtraError (MuJoCo is not installed).
@@ -234,14 +234,14 @@ class Simulation:
         check_picture(view, width, height)
         with self.lock:
             positions, rotations = self.data.xpos.copy(), self.data.xmat.reshape(-1, 3, 3).copy()
-            camera = self._camera(view, width, height)
+            camera = self.camera(view, width, height)
         with self._render_lock:
             if self._renderer is None:
                 bodies = [self.model.body(i).name for i in range(self.model.nbody)]
                 self._renderer = SceneRenderer(bodies, with_bowl=self.task == "place")
             return self._renderer.draw(positions, rotations, camera, view, samples)
 
-    def _camera(self, view: str, width: int, height: int) -> Pinhole:
+    def camera(self, view: str, width: int, height: int) -> Pinhole:
         index = self.model.camera(view).id
         axes = self.data.cam_xmat[index].reshape(3, 3) * [1, -1, -1]  # MuJoCo: right, up, backward
         return Pinhole(self.data.cam_xpos[index].copy(), axes, float(self.model.cam_fovy[index]), width, height)

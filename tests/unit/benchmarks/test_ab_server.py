@@ -87,6 +87,7 @@ def run(out: Path, *flags: str) -> int:
     return ab_server.main([*small, *flags, f"--out={out}"])
 
 
+@pytest.mark.slow
 def test_a_whole_run_beside_a_service_that_runs_already(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with nvidia.Server(ArithmeticPolicy()) as service:
         flags = ("--other_denoising_steps=1", "--transports", "none", "tcp", "--json")

@@ -34,8 +34,8 @@ def test_it_runs_and_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFi
 def test_fused_leaves_the_others_their_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Over one network in memory: eager, which is asked last, stays the exact twin."""
     monkeypatch.setattr(packed, "MIN_WEIGHT_BYTES", 0)
-    monkeypatch.setattr(packed, "_ways", {})
-    monkeypatch.setattr(packed, "_FASTER", 0.0)
+    monkeypatch.setattr(packed, "chosen_ways", {})
+    monkeypatch.setattr(packed, "FASTER", 0.0)
     engines = run(tmp_path, capsys, "--engines", "fused", "eager")["engines"]
     assert engines["eager"]["error_deg"]["max"] == 0.0
     assert 0.0 < engines["fused"]["error_deg"]["max"] < 0.01

@@ -68,6 +68,7 @@ def test_the_policy_benchmark_from_end_to_end(network: str, modules: str, tmp_pa
     assert json.loads((tmp_path / "bench_engines.json").read_text())["engines"]["reference"]["within_limit"]
 
 
+@pytest.mark.slow
 def test_benchmarks_take_a_random_n1d7_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["--network=n1.7", "--device=cpu", "--precision=fp32", "--threads=1", f"--out={tmp_path}"]
     assert bench_policy.main([*common, "--size=tiny", "--rounds=2", "--cameras=2", "--reference=false"]) == 0

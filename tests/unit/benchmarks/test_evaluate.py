@@ -24,6 +24,7 @@ def run(out: Path, *flags: str) -> tuple[int, dict]:
     return code, json.loads((out / "evaluate.json").read_text()) if code == 0 else {}
 
 
+@pytest.mark.slow
 def test_a_whole_run_and_one_that_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, whole = run(tmp_path / "whole", "--latency_ms", "200", "800", "--episodes=3")
     assert code == 0

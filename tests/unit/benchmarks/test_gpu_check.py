@@ -115,7 +115,12 @@ def test_a_rehearsal_runs_without_a_gpu(tmp_path: Path, monkeypatch: pytest.Monk
     (part,) = json.loads((tmp_path / "B.json").read_text())["parts"]
     assert set(part["result"]["engines"]["eager"]["times_ms"]) == {"2", "4"}
     assert "not measured p50 <= 7 ms, bf16, 4 steps" in capsys.readouterr().out
-    assert {file.name for file in tmp_path.iterdir()} == {"B.json", "B.log", "result.txt"}
+    assert {file.name for file in tmp_path.iterdir()} == {"B.json", "B.log", "result.txt", "certificate.json"}
+    certificate = json.loads((tmp_path / "certificate.json").read_text())
+    (measured,) = certificate["measured"]
+    assert measured["weights"] == part["result"]["weights"]
+    assert certificate["passed"] is measured["engines"]["eager"]["passed"]
+    assert str(tmp_path) not in json.dumps(certificate)
 
 
 def test_it_says_when_there_is_no_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,7 +130,7 @@ def test_it_says_when_there_is_no_gpu(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_a_package_that_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with torch and little else: nothing is started that would fail at an import."""
-    monkeypatch.setattr(gpu_check, "_is_there", lambda package: package != "tokenizers")
+    monkeypatch.setattr(gpu_check, "is_installed", lambda package: package != "tokenizers")
     outcomes = [run_part(part, "cuda", tmp_path / "log") for part in parts_of("B", "cuda", "full", tmp_path)]
     assert {(outcome.outcome, outcome.detail) for outcome in outcomes} == {("not run", "not installed: tokenizers")}
 

@@ -135,6 +135,7 @@ class Forger:
             yield from self._places(value)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numbers near the limits overflow: that is answered, not hidden
 @pytest.mark.parametrize("network", FILES)
 def test_hostile_checkpoints_are_refused_or_work(network: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:

@@ -195,7 +195,7 @@ def test_an_arm_that_cuts_off_larger_steps_is_put_down_all_the_way() -> None:
             cut.append(np.abs(goal - run.robot.pose).max() - 1)
             run.robot.pose = run.robot.pose + (goal - run.robot.pose) * (1 - np.exp(-passed_s / 0.15))
 
-    run.robot._move = trails
+    run.robot.move = trails
     run.loop.run()
     assert max(cut) <= 0
     assert np.abs(run.robot.pose - run.robot.rest_pose).max() < 3.0

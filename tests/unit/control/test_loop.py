@@ -61,7 +61,7 @@ def with_servos(bench: Bench, deg_s: float, blocked: int | None = None) -> list[
         if not robot.sent:
             at_s[0] = clock.now_s()
 
-    robot._move = move
+    robot.move = move
     return ahead
 
 
@@ -82,7 +82,7 @@ def test_while_an_inference_runs_the_goal_of_a_blocked_joint_comes_back() -> Non
     bench = Bench(inference_s=1.9, timeout_s=4.0, poses=Poses(home_speed_deg_s=180.0))
     bench.policy.on_action = lambda targets: targets[:1] + 10.0 * np.arange(16)[:, None]  # 300 deg/s
     with_servos(bench, 80.0)
-    move = bench.robot._move
+    move = bench.robot.move
 
     def blocked_from_the_eighth() -> None:
         before = bench.robot.pose.copy()
@@ -90,7 +90,7 @@ def test_while_an_inference_runs_the_goal_of_a_blocked_joint_comes_back() -> Non
         if len(bench.robot.sent) >= 8:
             bench.robot.pose = before
 
-    bench.robot._move = blocked_from_the_eighth
+    bench.robot.move = blocked_from_the_eighth
     bench.loop.run()
     last_s = bench.times()[7]
     goals = {when: np.abs(goal - bench.robot.pose).max() for when, goal in bench.robot.sent if last_s <= when < last_s + 1.9}
@@ -282,7 +282,7 @@ def test_a_program_that_was_stopped_plays_nothing_old_and_steps_on_from_where_th
         bench.clock.sleep_until_s = lambda deadline_s: (sleep(deadline_s), stop())
     else:
         robot.on_observe = stop
-    robot._move = lambda: setattr(robot, "pose", robot.sent[-1][1].copy()) if robot.sent and not stopped else None
+    robot.move = lambda: setattr(robot, "pose", robot.sent[-1][1].copy()) if robot.sent and not stopped else None
     bench.loop.run()
     (index,) = stopped
     after_s, after = robot.sent[index]
@@ -314,7 +314,7 @@ def test_after_an_outage_steps_are_limited_from_where_the_arm_is(moment: str) ->
     def sag() -> None:
         if len(robot.sent) == 8 and not sagged:
             sagged.append(robot.pose - 18.0)
-            robot.pose, robot._move = sagged[0], lambda: None  # it stays where it sagged to
+            robot.pose, robot.move = sagged[0], lambda: None  # it stays where it sagged to
             raise ArmAwayError("the port is lost.", 5.0)
 
     if moment == "observe":

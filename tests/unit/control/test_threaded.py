@@ -312,7 +312,7 @@ def test_a_cable_that_was_out_is_no_inference_that_hangs(underrun: bool) -> None
             out.append(len(robot.sent))
             run.clock.advance(3.0)
             robot.pose = robot.pose - 18.0
-            robot._move = lambda: None
+            robot.move = lambda: None
             sagged.append(robot.pose)
 
     robot.on_observe = unplug

@@ -239,6 +239,7 @@ def test_pictures_of_any_shape_give_the_eager_actions(tmp_path: Path, patches: t
     assert (got - expected).norm() / (expected - start).norm() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("any_length", [True, False])
 def test_many_prompt_lengths_can_be_compiled(tmp_path: Path, any_length: bool) -> None:
     """More than dynamo's usual limit of 8 versions; on a GPU all of them by one."""

@@ -33,8 +33,8 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """Of the small networks' layers, which a user gets plain: `measured` takes any, `packed` all that come for the second time."""
     if request.param != "plain":
         monkeypatch.setattr(packed, "MIN_WEIGHT_BYTES", 0)
-        monkeypatch.setattr(packed, "_ways", {})
-        monkeypatch.setattr(packed, "_FASTER", 1.1 if request.param == "measured" else 0.0)
+        monkeypatch.setattr(packed, "chosen_ways", {})
+        monkeypatch.setattr(packed, "FASTER", 1.1 if request.param == "measured" else 0.0)
     return request.param
 
 
@@ -174,8 +174,8 @@ def test_tensors_of_unequal_prompts_are_refused(tmp_path: Path) -> None:
 def test_no_weight_is_held_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer that was called twice has its packed weight alone, and the model counts as many numbers as before."""
     monkeypatch.setattr(packed, "MIN_WEIGHT_BYTES", 0)
-    monkeypatch.setattr(packed, "_ways", {})
-    monkeypatch.setattr(packed, "_FASTER", 0.0)
+    monkeypatch.setattr(packed, "chosen_ways", {})
+    monkeypatch.setattr(packed, "FASTER", 0.0)
     eager, fused = policies(tmp_path / "network", "n1.5")
     for seed in range(2):
         fused.get_action(observation("so100_dualcam", seed=seed))

@@ -26,6 +26,7 @@ def test_an_engine_whose_error_is_above_its_limit_never_wins() -> None:
     assert fastest({"engines": {"wrong": arms["wrong"]}}) is None
 
 
+@pytest.mark.slow
 def test_what_is_needed_is_made_once_and_the_settings_of_the_fastest_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("onnxscript", reason="needs the extra export")
     shutil.copytree(TRAINED, tmp_path / "checkpoint")

@@ -258,6 +258,7 @@ def study_of(directory: Path) -> dict[str, Any]:
 PAIR = ["--a=--controller=sync --denoising_steps=1", "--b=--controller=threaded --denoising_steps=3", "--order_seed=1"]
 
 
+@pytest.mark.slow
 def test_nothing_tells_which_setting_runs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """What is said of a trial, and how its files are called, is the same for A and B but for number and outcome."""
     pytest.importorskip("mujoco")
@@ -296,6 +297,7 @@ def begun(directory: Path, count: int) -> bool:
     return (directory / "study.json").exists() and len(study_of(directory)["trials"]) >= count
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_after_kill_9_and_after_ctrl_c(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("mujoco")
     with started(tmp_path) as killed:
@@ -339,6 +341,7 @@ def test_a_study_goes_on_after_kill_9_and_after_ctrl_c(tmp_path: Path, capsys: p
     assert study_of(tmp_path) == found
 
 
+@pytest.mark.slow
 def test_a_crash_is_counted_and_the_study_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("mujoco")
     begun, crashed = [], []
@@ -397,6 +400,7 @@ def test_the_committed_studies_say_what_their_trials_do(name: str, tells: bool) 
     assert (found["conditions"]["settings"]["a"] != found["conditions"]["settings"]["b"]) is tells
 
 
+@pytest.mark.slow
 def test_a_person_arranges_and_judges_a_real_arm(tmp_path: Path) -> None:
     """On the virtual bus, at a terminal."""
     pytest.importorskip("mujoco")

@@ -54,6 +54,7 @@ def _recorded(directory: Path, seeds: range) -> Path:
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "least_work"), [("int8", 0.95), ("fp8", 0.65)])
 def test_a_trained_networks_actions_move_by_little(graphs: Path, recordings: tuple[Path, Path], scheme: str, least_work: float) -> None:
     """As `gr00t-fast quantise` decides by default, on 50 observations of episodes that calibration did not see."""

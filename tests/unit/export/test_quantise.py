@@ -105,6 +105,7 @@ def test_smoothing_goes_into_the_norm_unless_others_read_it(tmp_path: Path) -> N
         write_quantised(tmp_path / "plain.onnx", tmp_path / "q.onnx", {"c": scale}, "int8")
 
 
+@pytest.mark.slow
 def test_the_calibrated_network_has_the_layers_of_the_files_and_computes_what_they_do(tiny_export: Made) -> None:
     target = target_for(tiny_export.checkpoint)
     cases = cases_of(tiny_export.checkpoint)
@@ -187,6 +188,7 @@ def test_tensorrt_files_agree_with_the_plain_graphs(tiny_export: Made, tmp_path:
     assert (tmp_path / "out" / "vision.onnx.data").stat().st_size < 0.6 * (tiny_export.onnx / "vision.onnx.data").stat().st_size
 
 
+@pytest.mark.slow
 def test_a_16_bit_export_is_calibrated_in_fp32(tiny_export: Made, tiny_engines: Path, tmp_path: Path) -> None:
     narrow = tiny_export._replace(onnx=tiny_engines.with_name("engines-onnx"))
     for name, source in (("narrow", narrow), ("wide", tiny_export)):

@@ -124,6 +124,7 @@ def seen() -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_a_network_of_its_own_runs_everywhere(toy: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("zmq")

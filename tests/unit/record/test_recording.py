@@ -190,7 +190,7 @@ def test_a_damaged_data_set_is_not_continued(two_episodes: Path, damage: Callabl
 def test_a_writing_process_that_hangs_is_told_and_ended(two_episodes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As by a network directory that is gone: neither the pause between episodes nor the end of the run waits for ever."""
     said: list[str] = []
-    monkeypatch.setattr(recording, "_SILENT_S", 1.0)
+    monkeypatch.setattr(recording, "SILENT_S", 1.0)
     with recorder_in(two_episodes, said, append=True) as recorder:
         opened(recorder)
         stop = StopSignals()

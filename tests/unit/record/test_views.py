@@ -207,7 +207,7 @@ def test_a_viewer_that_goes_away_or_hangs_costs_its_own_picture_alone(number: in
 
 
 def test_a_process_that_takes_nothing_costs_ticks_and_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(views, "_FINISH_S", 1.0)
+    monkeypatch.setattr(views, "FINISH_S", 1.0)
     frame, ticks = np.zeros((480, 640, 3), np.uint8), 3 * QUEUED_TICKS
     with display_to(DisplayTarget(rrd=tmp_path / "run.rrd")) as view:
         process = view.sink.process
@@ -257,7 +257,7 @@ def test_an_encoder_that_fails_or_hangs_never_disturbs_the_run(tmp_path: Path, m
             view.see(frames_of(number))
     assert "No such file" in said[0]
     assert view.warnings[0] == said[0]
-    monkeypatch.setattr(views, "_FINISH_S", 0.5)
+    monkeypatch.setattr(views, "FINISH_S", 0.5)
     with video_view(tmp_path / "run.mp4", FPS) as view:
         view.see(frames_of(0))
         until(lambda: children(view.sink.process))

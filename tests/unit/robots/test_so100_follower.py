@@ -274,9 +274,9 @@ def test_a_port_that_is_in_use_is_refused_and_left_alone(bus: VirtualBus, tmp_pa
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells whether a terminal is exclusive")
 def test_a_real_port_is_exclusive(arm: SO100FollowerArm, bus: VirtualBus, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pseudo-terminal, which the virtual bus keeps open, never; here one stands for a real port."""
-    descriptor, tells_exclusive = arm._bus.line.fileno(), 0x80045440  # TIOCGEXCL, of Linux
+    descriptor, tells_exclusive = arm.bus.line.fileno(), 0x80045440  # TIOCGEXCL, of Linux
     assert struct.unpack("i", fcntl.ioctl(descriptor, tells_exclusive, bytes(4))) == (0,)
-    monkeypatch.setattr(lerobot_glue, "_PTYS", ("/nowhere/",))
+    monkeypatch.setattr(lerobot_glue, "PTYS", ("/nowhere/",))
     lerobot_glue.lock_port(descriptor, bus.port)
     assert struct.unpack("i", fcntl.ioctl(descriptor, tells_exclusive, bytes(4))) == (1,)
 
@@ -286,7 +286,7 @@ def test_a_real_port_is_exclusive(arm: SO100FollowerArm, bus: VirtualBus, monkey
 
 def test_a_program_that_is_held_up_takes_the_answers_that_are_there(arm: SO100FollowerArm, bus: VirtualBus) -> None:
     """Held up for longer than the SDK waits, before an answer is looked for."""
-    line = arm._bus.line
+    line = arm.bus.line
 
     def late_read(length: int) -> bytes:
         del line.read  # once
@@ -303,13 +303,13 @@ def test_an_implausible_reading_never_comes_through_and_one_that_stays_is_believ
     arm: SO100FollowerArm, bus: VirtualBus, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = arm.observe().joints
-    original, lies = arm._bus.sync_read, [1]
+    original, lies = arm.bus.sync_read, [1]
 
     def lying(*args: object, **options: object) -> dict:
         values = original(*args, **options)
         return {**values, "elbow_flex": -80.0} if lies and lies.pop() else values
 
-    arm._bus.sync_read = lying  # stands for a damaged byte that passes the 8-bit checksum
+    arm.bus.sync_read = lying  # stands for a damaged byte that passes the 8-bit checksum
     time.sleep(0.3)  # in which a joint could turn so far: after a pause, too, two readings must agree
     np.testing.assert_allclose(arm.observe().joints, before, atol=0.2)
     assert (arm.events["implausible_reading"], arm.events["reading_jumped"]) == (1, 0)
@@ -334,12 +334,12 @@ def test_a_landing_that_is_broken_off_is_said_and_can_be_repeated_and_ctrl_c_doe
     assert bus.torque() == ON
 
     def interrupted(*_: object, **options: object) -> None:
-        del arm._bus.ask  # once
+        del arm.bus.ask  # once
         os.kill(os.getpid(), 2)
 
-    arm._bus.ask = interrupted
+    arm.bus.ask = interrupted
     assert arm.land().safe
-    assert "ask" not in vars(arm._bus)
+    assert "ask" not in vars(arm.bus)
 
 
 # Cameras
@@ -367,7 +367,7 @@ def test_an_arm_without_a_camera_can_have_a_drawn_one(bus: VirtualBus, tmp_path:
 
 
 def test_a_frame_has_its_age_and_a_camera_that_froze_is_waited_for_a_moment_alone(arm: SO100FollowerArm) -> None:
-    arm._follower.cameras["front"] = camera = Camera(age_s=0.3)
+    arm.follower.cameras["front"] = camera = Camera(age_s=0.3)
     assert 0.3 <= arm.observe().frame_ages_s["front"] < 0.5
     threading.Timer(0.1, lambda: setattr(camera, "is_connected", True)).start()
     camera.is_connected = False

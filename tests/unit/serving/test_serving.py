@@ -397,7 +397,7 @@ def test_requests_of_clients_that_hang_up_while_they_wait_are_not_computed(polic
     """An honest client is served right after the inference that is in progress."""
     body, count = reference.json_numpy_text({"observation": instructed("hold")}).encode(), 50
     with running(kind(policy, port=0)) as server, contextlib.ExitStack() as clients:
-        waiting = server.service._queue.waiting
+        waiting = server.service.queue.waiting
         for _ in range(1 + count):
             if kind is HttpPolicyServer:
                 client = clients.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=30))
@@ -408,7 +408,7 @@ def test_requests_of_clients_that_hang_up_while_they_wait_are_not_computed(polic
             until(lambda: policy.calls)
         until(lambda: len(waiting) == count)
         clients.close()  # the one whose inference runs too
-        until(lambda: not server.service._queue.waiting)
+        until(lambda: not server.service.queue.waiting)
         policy.released.set()
         if kind is HttpPolicyServer:
             assert reference.http_post(f"{server.address}/act", {"observation": observation()})[0] == 200
@@ -505,7 +505,7 @@ def test_places_and_bytes_are_bounded_and_given_back() -> None:
     with pytest.raises(ServerError, match="busy: 3"):
         work.submit("d")
     work.service.forget(lambda client: client == "c")
-    answered = work.service._queue.waiting["a"].answer
+    answered = work.service.queue.waiting["a"].answer
     answered.add_done_callback(lambda _: work.submit("a", size_bytes=6))  # whoever has an answer may send the next request
     assert work.run() == [("a", ServerError.REPLACED), ("a", "done"), ("b", "ZeroDivisionError"), ("last", None), ("a", ServerError.STOPPING)]
     with pytest.raises(ServerError, match="shutting down"):
@@ -515,7 +515,7 @@ def test_places_and_bytes_are_bounded_and_given_back() -> None:
 def test_old_requests_are_not_computed_and_those_that_wait_at_the_end_are_refused() -> None:
     old, ended = Work(max_wait_s=-1), Work()
     old.submit("a")
-    old.service._queue.waiting["a"].answer.add_done_callback(lambda _: old.service.stop())
+    old.service.queue.waiting["a"].answer.add_done_callback(lambda _: old.service.stop())
     old.service.run()
     assert old.outcomes == [("a", ServerError.BUSY)]
     for client in ("a", "b"):

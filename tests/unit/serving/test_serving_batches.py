@@ -128,11 +128,11 @@ def asked_at_once(server: PolicyServer, policy: Together, observations: list[dic
     with PolicyClient(port=server.port, timeout_s=60) as first:
         holder = threading.Thread(target=lambda: first.get_action(instructed("hold")))
         holder.start()
-        until(lambda: policy._busy.locked())
+        until(lambda: policy.busy.locked())
         threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(observations))]
         for thread in threads:
             thread.start()
-        until(lambda: len(server.service._queue.waiting) == len(observations))
+        until(lambda: len(server.service.queue.waiting) == len(observations))
         policy.released.set()
         for thread in (holder, *threads):
             thread.join(30)

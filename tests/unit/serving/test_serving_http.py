@@ -125,7 +125,7 @@ def test_silent_connections_are_closed_and_the_server_answers_again(http_server:
 @pytest.mark.parametrize("length", [0, 1000])
 def test_a_connection_is_closed_where_no_further_request_comes_in_a_shortened_time(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
     """A byte now and then, of a header or of the body of a request that was answered without it, buys no time."""
-    monkeypatch.setattr(module, "_IDLE_S", 0.3)
+    monkeypatch.setattr(module, "IDLE_S", 0.3)
     with running(HttpPolicyServer(ArithmeticPolicy(), port=0)) as server, socket.create_connection(("127.0.0.1", server.port), timeout=20) as slow:
         for size in (0, 0, 0, length):
             slow.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % size)

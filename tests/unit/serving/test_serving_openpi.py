@@ -132,8 +132,8 @@ def test_connections_are_bounded_and_given_back(server: HttpPolicyServer) -> Non
 
 
 def test_a_websocket_outlasts_the_shortened_limits_of_silent_connections(policy: ArithmeticPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "_HEADER_S", 0.3)
-    monkeypatch.setattr(http, "_IDLE_S", 0.3)
+    monkeypatch.setattr(http, "HEADER_S", 0.3)
+    monkeypatch.setattr(http, "IDLE_S", 0.3)
     with running(HttpPolicyServer(policy, port=0)) as server, connect(uri(server)) as socket:
         socket.recv()
         time.sleep(1.0)
@@ -146,8 +146,8 @@ def test_a_request_whose_client_is_gone_is_not_computed(server: HttpPolicyServer
         first.send(msgpack_numpy.packb(instructed("hold")))
         until(lambda: policy.calls)
         second.send(msgpack_numpy.packb(observation()))
-        until(lambda: server.service._queue.waiting)
+        until(lambda: server.service.queue.waiting)
         second.close()
-        until(lambda: not server.service._queue.waiting)
+        until(lambda: not server.service.queue.waiting)
         policy.released.set()
     assert policy.calls == 1

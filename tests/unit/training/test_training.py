@@ -103,6 +103,7 @@ def test_samples_are_continued_and_others_refused(tmp_path: Path, monkeypatch: p
         assert re.search(expected, capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_training_stops_continues_to_the_same_bits_and_leaves_everything(shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main([f"--samples={tmp_path / 'none'}", f"--out={tmp_path / 'run'}"]) == 2
     assert "samples.py" in capsys.readouterr().err
@@ -145,6 +146,7 @@ def interrupted(script: str, *flags: str, when: Path, pattern: str) -> tuple[str
     return out, err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_made(shards: str, tmp_path: Path) -> None:
     _, last = interrupted("samples.py", f"--out={tmp_path / 'half'}", "--count=100000", when=tmp_path, pattern="about.json")
     assert "the same command goes on" in last
@@ -159,6 +161,7 @@ def test_ctrl_c_keeps_what_was_made(shards: str, tmp_path: Path) -> None:
 # --- recording -------------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_recorded_data_set_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     lerobot = pytest.importorskip("lerobot.datasets.lerobot_dataset")
     out = tmp_path / "demonstrations"
@@ -195,6 +198,7 @@ class SeesGrey:
         return self._policy.get_action({**observation, "video.webcam": np.full_like(observation["video.webcam"], 127)}, noise=noise)
 
 
+@pytest.mark.slow
 def test_the_shipped_network_is_small_looks_and_reaches_the_block() -> None:
     assert sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file()) <= 15e6
     shipped = load_policy(SHIPPED, device="cpu", action_horizon=8)

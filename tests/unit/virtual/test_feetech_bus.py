@@ -149,6 +149,7 @@ def test_lerobot_moves_calibrates_and_lets_go_and_fails_as_on_a_real_bus(bus: Vi
     assert set(bus.torque().values()) == {0}
 
 
+@pytest.mark.realtime
 def test_lerobot_gives_a_servo_its_id_also_over_a_slow_line() -> None:
     motors = pytest.importorskip("lerobot.motors")
     feetech = pytest.importorskip("lerobot.motors.feetech")

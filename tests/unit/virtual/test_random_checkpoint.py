@@ -9,13 +9,14 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
+from benchmarks.lib.program import checkpoint_in
 from gr00t_fast import load_policy
 from gr00t_fast.cli.random_checkpoint import main
 from gr00t_fast.model import Gr00t
 from gr00t_fast.networks import n1d5
 from gr00t_fast.networks.n1d5 import IMAGE_TOKEN, PUBLISHED_EAGLE
 from gr00t_fast.virtual import random_checkpoint
-from gr00t_fast.virtual.random_checkpoint import _write_tokenizer, checkpoint_in, network_config, write_random_checkpoint
+from gr00t_fast.virtual.random_checkpoint import network_config, write_random_checkpoint, write_tokenizer
 
 WEIGHTS = "model.safetensors"
 
@@ -39,7 +40,7 @@ def test_one_that_was_interrupted_is_no_checkpoint(tmp_path: Path, monkeypatch: 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(random_checkpoint, "_random_tensor", interrupted)
+    monkeypatch.setattr(random_checkpoint, "random_tensor", interrupted)
     assert main([f"--out={tmp_path / 'new'}", "--size=tiny"]) == 130
     assert not (tmp_path / "new" / "config.json").exists()
     monkeypatch.undo()
@@ -65,7 +66,7 @@ def test_the_published_sizes() -> None:
 
 def test_the_full_size_reads_any_instruction_without_other_files(tmp_path: Path) -> None:
     """Its vocabulary is the published one; bytes and the image token are all that its tokenizer uses of it."""
-    _write_tokenizer(tmp_path / "tokenizer.json", PUBLISHED_EAGLE["image_token_index"])
+    write_tokenizer(tmp_path / "tokenizer.json", PUBLISHED_EAGLE["image_token_index"])
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     ids = tokenizer.encode(f"<img>{IMAGE_TOKEN}</img>ä", add_special_tokens=False).ids
     assert ids[1] == PUBLISHED_EAGLE["image_token_index"]

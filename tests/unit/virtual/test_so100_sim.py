@@ -139,7 +139,7 @@ def test_the_front_camera_sees_the_block_where_it_lies():
     image = simulation.render("front", 640, 480)
     assert image.shape == (480, 640, 3)
     assert image.dtype == np.uint8
-    camera = simulation._camera("front", 640, 480)
+    camera = simulation.camera("front", 640, 480)
     np.testing.assert_allclose(camera.position, FRONT_CAMERA[0])
     x, y, z = camera.to_camera(simulation.block_m)
     v, u = np.nonzero(is_red(image))
@@ -288,11 +288,12 @@ def test_sim_arm_is_a_robot_on_a_virtual_clock():
 
 
 def test_sim_arm_in_driver_units_holds_when_told_to():
-    arm = SimArm(SO100SimConfig(cameras={}, use_degrees=False, disable_torque_on_disconnect=False), FakeClock())
+    clock = FakeClock()
+    arm = SimArm(SO100SimConfig(cameras={}, use_degrees=False, disable_torque_on_disconnect=False), clock)
     arm.connect()
     np.testing.assert_array_equal(arm.joint_limits, [[-100, 100]] * 5 + [[0, 100]])
     arm.send(np.array([50, -20, 20, 79, -56, 100.0]))
-    arm._clock.advance(2.0)
+    clock.advance(2.0)
     np.testing.assert_allclose(arm.observe().joints, [50, -20, 20, 79, -56, 100], atol=1.5)
     assert abs(arm.simulation.joints_deg[0] - 55) < 1
     assert set(arm.land().torque.values()) == {"held"}

@@ -1,0 +1,121 @@
+"""Which sentence of which page quotes which number of which file in benchmarks/results. Where they differ tests/docs/test_figures.py fails."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.lib.results import RESULTS
+from gr00t_fast.base.files import read_json
+
+
+@dataclass(frozen=True)
+class Quote:
+    """text: as the page has it, with a format in place of each number. keys: where each number stands in `file`, dotted; `100*KEY` is in per cent."""
+
+    page: str
+    file: str
+    text: str
+    keys: tuple[str, ...]
+
+    def said(self) -> str:
+        """The text with the file's numbers. Raises KeyError and OSError."""
+        result = read_json(RESULTS / self.file, nan=True)
+        return self.text.format(*(value_at(result, key) for key in self.keys))
+
+
+def value_at(result: Any, key: str) -> Any:
+    """`100*rows.0.rate` -> 100 times that number."""
+    factor, star, path = key.rpartition("*")
+    for name in path.split("."):
+        result = result[int(name)] if isinstance(result, list) else result[name]
+    return float(factor) * result if star else result
+
+
+_README, _RESULTS, _CHECKPOINT = "README.md", "docs/results.md", "checkpoints/so100-sim-reach/README.md"
+_FUSED, _N1D6, _LEROBOT = "bench_engines/fused_full_fp32_2_threads_busy.json", "bench_policy_n1d6_cpu.json", "bench_lerobot/n1d5.json"
+_SYNC, _THREADED, _TRIALS = "evaluate/speed_up_sync.json", "evaluate/speed_up_threaded.json", "trials/sync_or_threaded.json"
+_REACH, _OPEN_LOOP, _STEPS = "reach_real_time.json", "open_loop/eval.json", "evaluate/evaluate.json"
+_STILL = ("100*rows.7.within.1.wilson_95.0", "100*rows.7.within.1.wilson_95.1", "rows.7.mean_time_s")
+_RATIO = ("median", "p25", "p75")
+_AS_EAGER = tuple(f"engines.fused.times_as_fast_as.4.eager.{part}" for part in _RATIO)
+_AS_LEROBOT = tuple(f"speed_up.{part}" for part in _RATIO)
+
+
+def _within_1_s(row: int) -> tuple[str, ...]:
+    at = f"rows.{row}"
+    rates = (f"100*{at}.within.1.rate", f"100*{at}.within.1.wilson_95.0", f"100*{at}.within.1.wilson_95.1")
+    return (*rates, f"{at}.mean_time_s", f"{at}.mean_time_95_s.0", f"{at}.mean_time_95_s.1")
+
+
+_REACHED = "{:.1f} ({:.1f} to {:.1f}) | {:.2f} ({:.2f} to {:.2f})"
+QUOTES = (
+    Quote(_README, _FUSED, "{:.2f} times as fast as eager (quartiles {:.2f} to {:.2f})", _AS_EAGER),
+    Quote(_README, _LEROBOT, "{:.2f} times as fast as lerobot's own code (quartiles {:.2f} to {:.2f})", _AS_LEROBOT),
+    Quote(_README, _REACH, "{} of {} layouts", ("run.episodes_solved", "run.episodes")),
+    Quote(_README, _THREADED, "{:.1f} % where it infers while it moves", ("100*rows.0.within.1.rate",)),
+    Quote(_README, _SYNC, "{:.1f} % where it waits", ("100*rows.1.within.1.rate",)),
+    Quote(
+        _README,
+        _TRIALS,
+        "{} of {} trials against {} of {}",
+        tuple(f"result.settings.{arm}.{what}" for arm in "ba" for what in ("successes", "trials")),
+    ),
+    Quote(
+        _RESULTS,
+        _N1D6,
+        "{:.0f} | {:.0f} | {:.0f} | {:.0f} | {:.0f}",
+        tuple(f"times_ms.ours.{stage}.p50" for stage in ("vision", "language", "refine", "denoise", "total")),
+    ),
+    Quote(_RESULTS, _FUSED, "**{:.2f} times** (quartiles {:.2f} to {:.2f})", _AS_EAGER),
+    Quote(
+        _RESULTS,
+        _FUSED,
+        "of processor time {:.2f} (quartiles {:.2f} to {:.2f})",
+        tuple(f"engines.fused.times_as_fast_as.4.eager_in_processor_time.{part}" for part in _RATIO),
+    ),
+    Quote(_RESULTS, _LEROBOT, "**{:.2f} times** (quartiles {:.2f} to {:.2f})", _AS_LEROBOT),
+    Quote(_RESULTS, _LEROBOT, "{:.1f} s, lerobot's {:.1f} s", ("0.001*times_ms.gr00t_fast.p50", "0.001*times_ms.lerobot.p50")),
+    Quote(_RESULTS, _REACH, "**{} of {}** layouts", ("run.episodes_solved", "run.episodes")),
+    Quote(_RESULTS, _REACH, "{:.2f} ms (p50) and {:.1f} ms (p99)", ("pacing.tick_error_ms.p50", "pacing.tick_error_ms.p99")),
+    Quote(_RESULTS, _REACH, "{} of {} ticks were missed", ("pacing.missed_ticks", "run.ticks")),
+    Quote(_RESULTS, _SYNC, _REACHED, _within_1_s(0)),
+    Quote(_RESULTS, _SYNC, _REACHED, _within_1_s(1)),
+    Quote(_RESULTS, _THREADED, _REACHED, _within_1_s(0)),
+    Quote(
+        _RESULTS,
+        _TRIALS,
+        "{} of {} blocks in time, the one that waits {} of {}",
+        tuple(f"result.settings.{arm}.{what}" for arm in "ba" for what in ("successes", "trials")),
+    ),
+    Quote(_RESULTS, _OPEN_LOOP, "{:.2f} times what holding still errs", ("ratio_to_hold",)),
+    Quote(
+        _CHECKPOINT,
+        _STEPS,
+        "{} of {} are reached within 1 s (95 % interval {:.1f} to {:.1f} %), after {:.2f} s on average",
+        tuple(f"rows.7.{key}" for key in ("within.1.successes", "episodes")) + _STILL,
+    ),
+    Quote(_RESULTS, _OPEN_LOOP, "{} held-out episodes ({} frames)", ("verdict.rests_on.episodes", "verdict.rests_on.frames")),
+)
+
+# Of results that are not measured yet: what their page will say of them.
+_N1D5, _N1D7, _AB, _ARMS, _POLICIES = (
+    *("bench_policy/n1.5_fp32.json", "bench_policy/n1.7_fp32.json", "ab_server/ab_server.json", "ab_server/arms.json"),
+    "simple_benchmark/simple_benchmark.json",
+)
+_STAGES = ("vision", "language", "refine", "denoise", "total")
+_WORTH, _OF_POLICY = tuple(f"all_factors.{part}" for part in _RATIO), ("refill_ms.p50", "actions_per_chunk", "amortised_ms_per_tick")
+NOT_YET = (
+    Quote(_README, _N1D5, "{:.2f} times as fast as the reference's modules (quartiles {:.2f} to {:.2f})", _AS_LEROBOT),
+    Quote(_RESULTS, _N1D5, "**{:.2f} times** (quartiles {:.2f} to {:.2f})", _AS_LEROBOT),
+    *(
+        Quote(_RESULTS, file, "{:.0f} | {:.0f} | {:.0f} | {:.0f} | {:.0f}", tuple(f"times_ms.ours.{stage}.p50" for stage in _STAGES))
+        for file in (_N1D5, _N1D7)
+    ),
+    Quote(_RESULTS, _AB, "{:.1f} ms a call (quartiles {:.1f} to {:.1f}), **{:.2f} times**", (*_WORTH, "speed_up_p50")),
+    Quote(_RESULTS, _ARMS, "together {:.1f} requests a second, one at a time {:.1f}", ("rows.1.requests_per_s", "rows.0.requests_per_s")),
+    *(
+        Quote(_RESULTS, _POLICIES, f"{name} | {{:.0f}} | {{}} | {{:.1f}}", tuple(f"policies.{name}.{key}" for key in _OF_POLICY))
+        for name in ("act", "smolvla", "diffusion_ddim", "gr00t")
+    ),
+)
