@@ -185,7 +185,7 @@ class Sampler:
         return simulation.tcp_m[2] > _LOWEST_TCP_M and bool((depths > -_DEEPEST_CONTACT_M).all())
 
     def _block_in_picture(self) -> np.ndarray:
-        camera = self._simulation._camera("front", *RESOLUTION)
+        camera = self._simulation.camera("front", *RESOLUTION)
         x, y, z = camera.to_camera(self._simulation.block_m[None])[0]
         return np.array([x, y]) / z * camera.focal_px / (_CROP_SCALE * np.array(RESOLUTION)) + 0.5
 

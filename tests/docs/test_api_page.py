@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the command of the target writes to, with this interpreter and another directory."""
     out = tmp_path_factory.mktemp("docs")
-    recipe = subprocess.run(["make", "-n", "docs"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    recipe = subprocess.run(["make", "--no-print-directory", "-n", "docs"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
     words = shlex.split(recipe[-1])
     assert words[-1] == "outputs/docs"
     done = subprocess.run([sys.executable, *words[1:-1], str(out)], cwd=ROOT, check=True, capture_output=True, text=True)
