@@ -26,7 +26,7 @@ DEMO := outputs/demo
 help:
 	@echo "make demo       a simulated SO-100, reaches for blocks, driven from its camera by a small trained network; leaves a video, a plot and a report"
 	@echo "make test       the tests that need no GPU, trained weights or arm"
-	@echo "make test-slow  the rest of them: whole programs and studies of ten seconds and more"
+	@echo "make test-slow  the rest of them: whole programs, exports and studies of five seconds and more"
 	@echo "make test-lerobot-0.6   the tests of the arm with lerobot 0.6, which needs Python 3.12, in .venv312"
 	@echo "make demo-python3.13, test-python3.13   the demo, and quick tests of control loop and arm, on Python 3.13, in .venv313"
 	@echo "make test-page  the page of a run in a real browser, Chromium"

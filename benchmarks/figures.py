@@ -247,7 +247,7 @@ def make(name: str, out: Path) -> bool:
     """Whether every command of the figure ended well; what they print goes to a log beside `out`. A recording that is there is used again."""
     out.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with out.with_suffix(".log").open("w") as log:
+    with out.with_name(f"{out.name}.log").open("w") as log:  # a name may have a point: n1.5
         for command in FIGURES[name].commands:
             words = [os.path.expandvars(word) for word in words_of(command, out)]
             if words[0] == "training/record.py" and (ROOT / words[-1].removeprefix("--out=")).is_dir():

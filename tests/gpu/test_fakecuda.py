@@ -66,6 +66,7 @@ def test_graphs_and_memory_of_what_engines_ask_a_gpu_for_are_the_committed_ones(
     assert here == there, "if it is meant: python tests/support/fakecuda.py"
 
 
+@pytest.mark.slow
 def test_recordings_and_stages_on_the_stand_in(library: Path) -> None:
     """The tests of tests/gpu/on_fakecuda."""
     done = python(library, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu/on_fakecuda", devices=2)

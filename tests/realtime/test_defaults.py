@@ -322,6 +322,7 @@ GAPS: dict[str, tuple[Callable[[Drive], None], float]] = {  # what happens, and 
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gap", GAPS)
 def test_a_replay_goes_on_where_it_stopped(gap: str, recording: Path, programs: Programs, tmp_path: Path) -> None:
     happen, lasts_s = GAPS[gap]

@@ -121,6 +121,7 @@ def _finish(program: subprocess.Popen[str], within_s: float = 60.0) -> str:
         program.kill()
 
 
+@pytest.mark.slow
 def test_the_clock_is_kept_and_the_camera_is_resized(stand: Stand, tmp_path: Path) -> None:
     kept = all(importlib.util.find_spec(package) for package in ("datasets", "rerun"))
     recording = (f"--record={tmp_path / 'data'}", f"--display={tmp_path / 'run.rrd'}") if kept else ()
@@ -214,6 +215,7 @@ def test_a_network_that_answers_nan_never_gets_the_arm(stand: Stand) -> None:
     assert stand.torque() == dict.fromkeys(SO100_JOINTS, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", OUTCOMES)
 def test_every_fault_has_its_outcome(stand: Stand, fault: str) -> None:
     act, expected = OUTCOMES[fault]

@@ -32,6 +32,7 @@ def test_a_load_that_cannot_be_met_is_shared_evenly(most: int) -> None:
     assert max(served) - min(served) <= 1
 
 
+@pytest.mark.slow
 def test_the_program_from_end_to_end(tmp_path: Path) -> None:
     arguments = ["--clients=2", "--size=tiny", "--max_minutes=0.02", "--round_s=0.4", "--chunks=[4.0]", f"--out={tmp_path}"]
     assert ab_server.main(arguments) == 0

@@ -51,6 +51,7 @@ def test_what_is_published_has_no_machine_paths() -> None:
     assert without_machine_paths(words) == "study.py --out=c --latency_ms 800 'measured:r.json#a.b' outputs/x --server=tcp://a:1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("network", "modules"), [("n1.5", REFERENCE_HEAD), ("n1.7", "lerobot.policies.groot.groot_n1_7")])
 def test_the_policy_benchmark_from_end_to_end(network: str, modules: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With its reference, each where its lerobot is installed."""
@@ -102,6 +103,7 @@ def test_the_work_of_the_published_networks(config, tokens: tuple[int, int], pic
     assert sum(each.floor_ms(Ceilings(989e12, 4.8e12)) for each in work) == pytest.approx(floor_ms, rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_floor_is_measured_with_the_best_product_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU whose packed products take no time, the matrix rate is theirs."""
     plain, device = work.measure_ceilings(torch.device("cpu"), torch.float32), torch.device("cpu")

@@ -17,6 +17,7 @@ def run(out: Path, *flags: str) -> dict[tuple[str, str, str, int], dict[str, flo
     return {key: {name: figure["mean"] for name, figure in row["figures"].items()} for key, row in zip(keys, rows, strict=True)}
 
 
+@pytest.mark.slow
 def test_a_run_shows_what_each_architecture_costs(tmp_path: Path) -> None:
     rows = run(tmp_path, "--virtual", "--rounds=2", "--seconds=5")
     for scene in ("moving", "still"):

@@ -108,6 +108,7 @@ def test_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcomes
     assert gpu_check.main(["--device=cpu", "--step", "B", f"--out={tmp_path}"]) == code
 
 
+@pytest.mark.slow
 def test_a_rehearsal_runs_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """One part of a step, on a random network."""
     monkeypatch.setattr(gpu_check, "parts_of", lambda *asked: parts_of(*asked)[1:2])

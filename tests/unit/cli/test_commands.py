@@ -125,6 +125,7 @@ def test_a_report_can_be_played_again(tmp_path: Path) -> None:
     assert settings_of(config)["robot"].keys() == {"type", "id", "calibration_dir", "task", "cameras", "use_degrees", "disable_torque_on_disconnect"}
 
 
+@pytest.mark.slow
 def test_a_wheel_installed_outside_the_checkout_drives_the_simulated_arm(tmp_path: Path) -> None:
     """Built from the sdist, offline, and installed without its dependencies, which come from this environment."""
     pytest.importorskip("mujoco", reason="needs `pip install 'gr00t_fast[sim]'`")

@@ -209,6 +209,7 @@ def traced(fused: FusedModel, any_length: bool) -> Stages:
     return compiled(fused.stages(), any_length, backend="eager")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("any_length", "mode"),
     [(True, contextlib.nullcontext()), (False, torch.device("cpu")), (True, torch.device("cpu"))],

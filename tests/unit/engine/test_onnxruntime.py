@@ -75,6 +75,7 @@ def _assert_close(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) ->
         np.testing.assert_allclose(value, theirs[key], rtol=0, atol=CLOSE_DEG)
 
 
+@pytest.mark.slow
 def test_memory_of_torch_gives_the_same_and_a_gpu_that_is_not_taken_is_refused(policy: Gr00tPolicy, dualcam: Path, exported: Path) -> None:
     bound = _load(dualcam, exported)
     bound.engine.runtime.bound = True  # as on a GPU
@@ -95,6 +96,7 @@ def _assert_stages_agree(export: Path, checkpoint: Path, inputs, noise: torch.Te
             assert relative_error(torch.from_numpy(value), expected[name]) < ASKED, f"{stage}: {name}"
 
 
+@pytest.mark.slow
 def test_each_stage_of_the_golden_network(golden_dir: Path, tmp_path: Path) -> None:
     golden = load_case(golden_dir / "so100", "plain")
     checkpoint = golden.checkpoint

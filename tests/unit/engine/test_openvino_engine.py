@@ -16,6 +16,8 @@ from gr00t_fast.base.measurement import saturates_8_bits
 from gr00t_fast.cli import export
 from gr00t_fast.engine.exported import choose_arithmetic
 
+pytestmark = pytest.mark.slow
+
 STEPS = 3
 
 

@@ -56,6 +56,7 @@ def test_it_has_what_a_reader_needs_and_nothing_of_whose_machine_it_was(checkpoi
         assert len(private) < 4 or private not in text, private
 
 
+@pytest.mark.slow
 def test_files_of_an_export_are_named_by_their_content(checkpoint: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="needs the extra export")
     (measured,) = tuned(checkpoint, tmp_path, engines="onnxruntime")["measured"]

@@ -218,6 +218,7 @@ def test_a_missing_extra_is_named(flags: list[str], capsys: pytest.CaptureFixtur
     assert "[robot]" in asked(flags, capsys)[2]
 
 
+@pytest.mark.slow
 def test_pictures_of_cameras_and_mistakes_with_them(flags: list[str], tmp_path: Path) -> None:
     """In a process of its own: OpenCV looks for its plugins once."""
     import cv2

@@ -17,6 +17,8 @@ from gr00t_fast.base.errors import EngineError
 from gr00t_fast.cli import export
 from gr00t_fast.virtual.random_checkpoint import write_random_checkpoint
 
+pytestmark = pytest.mark.slow
+
 SENTENCE = "put the red block into the bowl"
 
 

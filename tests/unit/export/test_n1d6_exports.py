@@ -16,6 +16,8 @@ from gr00t_fast.cli import export
 from gr00t_fast.engine.manifest import read_manifest
 from gr00t_fast.virtual.random_checkpoint import write_random_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:

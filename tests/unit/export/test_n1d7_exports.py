@@ -23,6 +23,8 @@ from gr00t_fast.cli.main import main
 from gr00t_fast.engine.manifest import read_manifest
 from gr00t_fast.virtual.random_checkpoint import write_random_checkpoint
 
+pytestmark = pytest.mark.slow
+
 for package in ("onnxruntime", "onnxscript", "openvino"):
     pytest.importorskip(package, reason="needs `pip install 'gr00t_fast[export,openvino]'`")
 

@@ -157,6 +157,7 @@ def test_what_is_kept_in_16_bits(alone: dict[str, float], work: dict[str, float]
 # --- the program
 
 
+@pytest.mark.slow
 def test_one_command_from_export_to_openvino(tiny_export: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tiny_export, tmp_path / "out", "--target=openvino", *FEW, "--trial_frames=2", "--limit=50", "--json") == 0
     result = json.loads(capsys.readouterr().out)

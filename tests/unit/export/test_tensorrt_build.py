@@ -24,6 +24,8 @@ from gr00t_fast.engine import tensorrt_library as library
 from gr00t_fast.engine.manifest import Digests, read_manifest
 from gr00t_fast.export.tensorrt import build, check_feasible, prompt_profiles, run_alone
 
+pytestmark = pytest.mark.slow
+
 trt = pytest.importorskip("tensorrt_rtx", reason="needs `pip install 'gr00t_fast[tensorrt_rtx]'`")
 RTX = library.RTX
 ROOT = Path(__file__).resolve().parents[3]

@@ -67,6 +67,7 @@ def settled(recorder: DatasetRecorder) -> None:
     until(lambda: not recorder.busy)
 
 
+@pytest.mark.slow
 def test_rows_and_outcomes_come_back_by_lerobots_loader(tmp_path: Path) -> None:
     out, said = tmp_path / "data", []
     with recorder_in(out, said) as recorder:
@@ -110,6 +111,7 @@ def two_episodes(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "data"))
 
 
+@pytest.mark.slow
 def test_a_data_set_that_exists_is_kept_or_continued(two_episodes: Path) -> None:
     for taken in (two_episodes / "meta" / "info.json", two_episodes / "data"):  # a file, other files
         with pytest.raises(ConfigError, match="--record"):
@@ -187,6 +189,7 @@ def test_a_damaged_data_set_is_not_continued(two_episodes: Path, damage: Callabl
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_writing_process_that_hangs_is_told_and_ended(two_episodes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As by a network directory that is gone: neither the pause between episodes nor the end of the run waits for ever."""
     said: list[str] = []
@@ -222,6 +225,7 @@ def test_names_of_data_sets_are_places(tmp_path: Path, monkeypatch: pytest.Monke
     assert dataset_directory("me/pick") == Path("me/pick")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs Linux to limit the files of another process")
 def test_a_full_disk_costs_one_episode(two_episodes: Path) -> None:
     """Files of the writing process cannot grow any more: as on a disk that is full, in the middle of an episode."""
@@ -241,6 +245,7 @@ def test_a_full_disk_costs_one_episode(two_episodes: Path) -> None:
     assert left_beside(two_episodes) == []
 
 
+@pytest.mark.slow
 def test_what_an_episode_lasted_and_a_camera_that_changes_size(tmp_path: Path) -> None:
     """What was recorded until then is kept."""
     out, said = tmp_path / "data", []
@@ -260,6 +265,7 @@ def test_what_an_episode_lasted_and_a_camera_that_changes_size(tmp_path: Path) -
     assert "front" in entries(out)[1]["ended_by"]
 
 
+@pytest.mark.slow
 def test_a_writing_process_that_dies_is_told_and_costs_one_episode(two_episodes: Path) -> None:
     with recorder_in(two_episodes, [], append=True) as recorder:
         opened(recorder).begin("lift")

@@ -74,6 +74,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_served_from_the_command_line_over_both_protocols(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from gr00t_fast.policy import load_policy
     from gr00t_fast.virtual.random_checkpoint import write_random_checkpoint

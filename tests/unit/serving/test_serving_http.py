@@ -107,6 +107,7 @@ def test_a_body_that_does_not_arrive_is_given_up(monkeypatch: pytest.MonkeyPatch
         assert slow.recv(1000).startswith(b"HTTP/1.1 408")
 
 
+@pytest.mark.slow
 def test_silent_connections_are_closed_and_the_server_answers_again(http_server: HttpPolicyServer, policy: ArithmeticPolicy) -> None:
     """More than it takes, with nothing sent, or a part of a header. One whose request is computed for longer than that stays."""
     place, act = ("127.0.0.1", http_server.port), f"{http_server.address}/act"
