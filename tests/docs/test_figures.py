@@ -81,6 +81,13 @@ def test_every_quote_stands_on_its_page(quote: Quote) -> None:
     assert any(said in text and RESULTS / quote.file in files_in(with_file) for text, with_file in figures_of(quote.page)), said
 
 
+def test_ratios_of_the_first_table_stand_among_the_figures() -> None:
+    row = re.search(r"^\| time per inference.*$", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE).group()
+    ratios = re.findall(r"\d\.\d\d times", row)
+    assert ratios
+    assert [ratio for ratio in ratios if f"{ratio} as fast" not in section("README.md")] == []
+
+
 @pytest.mark.parametrize("file", KEPT, ids=lambda file: str(file.relative_to(RESULTS)))
 def test_every_result_says_how_it_was_made(file: Path) -> None:
     result = json.loads(file.read_text(encoding="utf-8"))
