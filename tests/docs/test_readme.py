@@ -135,10 +135,12 @@ def test_python_examples_are_python(name: str) -> None:
                 assert all(hasattr(module, alias.name) for alias in node.names)
 
 
-def test_arguments_of_load_policy_are_all_described() -> None:
+def test_arguments_of_load_policy_that_the_page_describes_exist() -> None:
+    """That all are described test_api_page.py holds."""
     table = re.search(r"## load_policy\n(.*?)\n## ", TEXTS["docs/python.md"], flags=re.DOTALL).group(1)
     named = [name for row in table.splitlines() if row.startswith("| `") for name in re.findall(r"`(\w+)`", row.split("|")[1])]
-    assert sorted(named) == sorted(inspect.signature(gr00t_fast.load_policy).parameters)
+    assert named
+    assert set(named) <= set(inspect.signature(gr00t_fast.load_policy).parameters)
 
 
 def test_what_the_dockerfile_names_is_there_and_goes_to_the_builder() -> None:
