@@ -355,6 +355,6 @@ def _payload(body: bytearray) -> dict[str, Any]:
     payload = from_json(body, MAX_BODY_BYTES)
     if isinstance(payload, dict) and isinstance(payload.get("encoded"), str) and len(payload) == 1:
         payload = from_json(payload["encoded"].encode("utf-8", "surrogatepass"), MAX_BODY_BYTES)
-    if not isinstance(payload, dict):
+    if not isinstance(payload, dict) or "observation" not in payload:
         raise WireError('expected {"observation": {name: value}}.')
     return payload

@@ -123,6 +123,14 @@ def test_silent_connections_are_closed_and_the_server_answers_again(http_server:
         assert [connection.recv(100) for connection in silent[:3]] == [b""] * 3
 
 
+@pytest.mark.parametrize("message", [{}, [], {"observations": {}}])
+def test_a_body_without_an_observation_is_answered_with_the_form(message: object) -> None:
+    with running(HttpPolicyServer(ArithmeticPolicy(), port=0)) as server:
+        status, answer = reference.http_post(f"{server.address}/act", message)
+    assert status == 400
+    assert '"observation"' in answer["detail"]
+
+
 @pytest.mark.parametrize("length", [0, 1000])
 def test_a_connection_is_closed_where_no_further_request_comes_in_a_shortened_time(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
     """A byte now and then, of a header or of the body of a request that was answered without it, buys no time."""
