@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import runpy
-import select
 import shutil
-import signal
-import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 from exports import cases_of
+from person import Person
 from recorded import entries, info, left_beside, read_back
-from waiting import PATIENCE_S, children
+from waiting import PATIENCE_S
 
 from gr00t_fast.cli import replay
 
@@ -36,50 +31,6 @@ def run_command(*flags: str) -> list[str]:
     """Its inferences take longer than a tick, on any machine: the arm waits for each, and each is said."""
     settled = ("--lang_instruction=Reach the block", "--action_horizon=8", "--controller=sync", "--denoising_steps=64")
     return [sys.executable, "-m", "gr00t_fast", "run", *ROBOT, f"--model_path={CHECKPOINT}", *settled, *flags]
-
-
-class Person:
-    """Somebody at the terminal of a run."""
-
-    def __init__(self, words: list[str]) -> None:
-        self._end, program = pty.openpty()
-        self.process = subprocess.Popen(
-            words, cwd=ROOT, stdin=program, stdout=program, stderr=program, start_new_session=True, preexec_fn=_foreground
-        )
-        os.close(program)
-        self.said = ""
-
-    def wait_for(self, text: str) -> None:
-        """Said after what was waited for before."""
-        end_s = time.monotonic() + PATIENCE_S
-        while text not in self.said:
-            assert time.monotonic() < end_s, self.said
-            if select.select([self._end], [], [], 0.2)[0]:
-                try:
-                    self.said += os.read(self._end, 4096).decode(errors="replace")
-                except OSError:
-                    assert text in self.said, self.said
-                    break
-        self.said = self.said.partition(text)[2]
-
-    def press(self, keys: bytes) -> None:
-        os.write(self._end, keys)
-
-    def kill(self) -> None:
-        """The program and, a moment later, the process beside it: as when the machine goes down."""
-        beside = children(self.process.pid)
-        for process in (*beside, self.process.pid):
-            os.kill(process, signal.SIGSTOP)
-        for process in (*beside, self.process.pid):
-            os.kill(process, signal.SIGKILL)
-        self.process.wait()
-
-
-def _foreground() -> None:
-    import fcntl
-    import termios
-
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from control_fakes import Bench
+from person import Person
 from waiting import PATIENCE_S, until
 
 from gr00t_fast.base.contracts import SO100_JOINTS
@@ -405,8 +406,6 @@ def test_a_person_arranges_and_judges_a_real_arm(tmp_path: Path) -> None:
     """On the virtual bus, at a terminal."""
     pytest.importorskip("mujoco")
     pytest.importorskip("lerobot")
-    from test_recording import Person
-
     words = [sys.executable, "-m", "gr00t_fast", "bus", f"--link={tmp_path / 'port'}", f"--write_calibration={tmp_path}"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=ROOT) as bus:
         assert "Virtual servo bus" in bus.stdout.readline()
