@@ -47,7 +47,7 @@ demo: .venv/.demo
 # Tests in real time run alone, after the others, and those of the page in a browser have a target of their own. No test is run again.
 TEST_JOBS ?= 2
 TEST := -m pytest -q -o faulthandler_timeout=300 --ignore=tests/browser
-# With COVERAGE=1 those that run together leave .coverage; tests in real time are not slowed down by it.
+# With COVERAGE=1 those that run together leave .coverage; it would slow down tests in real time, and lengthen slow ones by a third.
 COVER := $(if $(COVERAGE),--cov=gr00t_fast --cov-report=)
 TOGETHER := $(TEST) --numprocesses=$(TEST_JOBS) --dist=loadfile
 test: .venv/.dev
@@ -55,12 +55,12 @@ test: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python $(TEST) -m "realtime and not slow"
 
 test-slow: .venv/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python $(TOGETHER) $(COVER) $(if $(COVERAGE),--cov-append) -m "slow and not realtime"
+	OMP_NUM_THREADS=1 $(BIN)/python $(TOGETHER) -m "slow and not realtime"
 	OMP_NUM_THREADS=1 $(BIN)/python $(TEST) -m "slow and realtime"
 
 test-lerobot-0.6: .venv312/.robottest
 	OMP_NUM_THREADS=1 .venv312/bin/python $(TOGETHER) -m "not realtime" $(ARM_TESTS)
-	OMP_NUM_THREADS=1 .venv312/bin/python $(TEST) -m realtime $(ARM_TESTS)
+	OMP_NUM_THREADS=1 .venv312/bin/python $(TEST) -m "realtime and not slow" $(ARM_TESTS)
 
 demo-python3.13: .venv313/.robottest
 	.venv313/bin/python -m gr00t_fast demo --out=$(DEMO)-3.13
