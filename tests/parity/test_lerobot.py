@@ -288,9 +288,7 @@ def test_denoising_steps_are_the_policys_and_the_rate_its_data_sets(data_dir: Pa
 def test_tags_and_letterbox_are_the_checkpoints_own(data_dir: Path, tmp_path: Path) -> None:
     checkpoint = _copy(data_dir, "n1d5", tmp_path)
     for file, dotted in ((POLICY, "embodiment_tag"), (PRE, "steps.2.config.embodiment_tag")):
-        text = (checkpoint / file).read_text().replace('"embodiment_tag": "new_embodiment"', '"embodiment_tag": "so100"')
-        (checkpoint / file).write_text(text)
-        assert dotted.rpartition(".")[2] in text
+        _edit(checkpoint / file, dotted, "so100")
     opened = open_checkpoint(checkpoint)
     assert opened.row_of("new_embodiment") == opened.row_of("so100") == 2
     with pytest.raises(ConfigError, match="so100"):
@@ -299,7 +297,7 @@ def test_tags_and_letterbox_are_the_checkpoints_own(data_dir: Path, tmp_path: Pa
         open_checkpoint(checkpoint, letterbox="always")
 
 
-def test_a_run_plays_as_many_actions_as_lerobot_does(data_dir: Path, tmp_path: Path) -> None:
+def test_a_run_plays_n_action_steps_of_the_checkpoint_unless_a_flag_says_otherwise(data_dir: Path, tmp_path: Path) -> None:
     checkpoint = _copy(data_dir, "n1d5", tmp_path)
     _edit(checkpoint / POLICY, "n_action_steps", 8)
     common = {"model_path": str(checkpoint), "processor_path": data_dir / "eagle2_hg_model", "device": "cpu"}
@@ -379,7 +377,7 @@ def test_the_benchmark_compares_equal_actions(python: str | None, shared_dir: Pa
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True)
     result = json.loads((tmp_path / "bench_lerobot.json").read_text())
     assert result["difference_joint_units"]["largest"] < 1e-2
-    assert result["speed_up"]["median"] > 0
+    assert len(result["times_ms"]) == 2
 
 
 @pythons

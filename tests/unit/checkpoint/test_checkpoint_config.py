@@ -147,7 +147,7 @@ def test_damaged_metadata(checkpoint: Path, key: str, value: object) -> None:
         ("state.gripper.shape", [2], r"state.gripper, shape is \[2\], but its statistics have 1"),
     ],
 )
-def test_parts_that_are_something_else_than_joint_positions(checkpoint: Path, key: str, value: object, says: str) -> None:
+def test_parts_that_are_no_joint_positions_or_contradict_their_statistics_are_refused(checkpoint: Path, key: str, value: object, says: str) -> None:
     edit_json(checkpoint / "experiment_cfg" / "metadata.json", f"new_embodiment.modalities.{key}", value)
     with pytest.raises(CheckpointError, match=says):
         load_policy(checkpoint, device="cpu")
