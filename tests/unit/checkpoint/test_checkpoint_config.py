@@ -200,7 +200,7 @@ def test_facts_need_no_weights(checkpoint: Path) -> None:
     with pytest.raises(ConfigError, match="reads video.front, video.wrist"):
         read_policy_metadata(checkpoint, "new_embodiment", "so100_dualcam")
     edit_json(checkpoint / "experiment_cfg" / "metadata.json", "new_embodiment.statistics.state.gripper", ...)
-    with pytest.raises(ConfigError, match=r"reads state.gripper, but this checkpoint has statistics for"):
+    with pytest.raises(ConfigError, match=r"state\.gripper"):
         read_policy_metadata(checkpoint, "new_embodiment", "so100")
     with pytest.raises(CheckpointError, match="neither model.safetensors"):
         open_checkpoint(checkpoint)
@@ -245,7 +245,7 @@ def test_a_mistyped_path_asks_no_hub(checkpoint: Path, tmp_path: Path, monkeypat
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     for path in ("outputs/checkpoint-dem", "outputs/checkpoint-dem/", tmp_path / "outputs/checkpoint-dem"):
-        with pytest.raises(CheckpointError, match=r"does not exist. Did you mean '\S*outputs/checkpoint-demo'"):
+        with pytest.raises(CheckpointError, match=r"'\S*outputs/checkpoint-demo'"):
             open_checkpoint(path)
     assert not asked
     open_checkpoint("outputs/checkpoint-dem", revision="main")
@@ -307,5 +307,5 @@ def test_a_hub_that_does_not_answer(error: Exception, monkeypatch: pytest.Monkey
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with pytest.raises(CheckpointError, match=f"'a/b' here, and fetching it from the hub failed: {error}"):
+    with pytest.raises(CheckpointError, match=f"'a/b'.*{error}"):
         open_checkpoint("a/b")

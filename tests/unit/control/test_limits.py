@@ -59,7 +59,7 @@ def test_what_is_too_large_is_refused_at_once(policy: Gr00tPolicy, changes: dict
 def test_a_small_frame_of_a_large_camera_counts_as_what_it_becomes(tmp_path: Path) -> None:
     """A batch of little pictures is enlarged to what training saw, which may be much more than what came."""
     large = load_policy(write_network(tmp_path, resolution=(4000, 3000)), device="cpu", denoising_steps=1)
-    with pytest.raises(ObservationError, match=f"36000000 pixels at the size of the training videos, expected at most {MAX_PIXELS}"):
+    with pytest.raises(ObservationError, match=f"36000000.*{MAX_PIXELS}"):
         large.get_action(observation(batch=3))
 
 

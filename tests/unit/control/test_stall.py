@@ -284,7 +284,7 @@ def test_a_joint_found_blocked_in_the_pause_is_held_too() -> None:
 def test_a_blocked_way_home_ends_the_run_at_once() -> None:
     run = arm_bench(poses=Poses((60.0, 60.0, 60.0, 0.0, 0.0, 50.0), None, 60.0))
     run.blocked[ELBOW] = True
-    with pytest.raises(UnsafeActionError, match="elbow_flex is blocked on the way to the home pose"):
+    with pytest.raises(UnsafeActionError, match="elbow_flex.*home"):
         run.loop.run()
     assert run.clock.now_s() - 100 < 3.0
     assert run.robot.calls[-1] == "land"

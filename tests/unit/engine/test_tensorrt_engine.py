@@ -336,13 +336,13 @@ def test_a_library_that_does_not_load_says_so(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "tensorrt.py").write_text("raise ImportError('libnvinfer.so.10: cannot open shared object file')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
-    with pytest.raises(EngineError, match=r"does not load \(libnvinfer.*pip install --force-reinstall tensorrt"):
+    with pytest.raises(EngineError, match=r"libnvinfer.*pip install --force-reinstall tensorrt"):
         library.load(library.STANDARD)
 
 
 def test_engines_of_another_version_are_refused(engines: Path, checkpoint: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    with pytest.raises(StaleEngineError, match=r"built by tensorrt_rtx 0\.0\.1, and tensorrt_rtx .* is installed.*gr00t-fast export tensorrt"):
+    with pytest.raises(StaleEngineError, match=r"tensorrt_rtx 0\.0\.1.*gr00t-fast export tensorrt"):
         open_it(engines, checkpoint)
 
 
@@ -355,7 +355,7 @@ def test_another_precision_replaces_the_engines_that_are_there(engines: Path, ch
 def test_without_a_gpu_it_says_what_to_use_instead(engines: Path, checkpoint: Path) -> None:
     trt = pytest.importorskip("tensorrt_rtx")
     edit_json(engines / "manifest.json", "details.builder_version", trt.__version__)
-    with pytest.raises(EngineError, match=r"needs a CUDA GPU.*--engine=onnxruntime.*--engine=eager --device=cpu"):
+    with pytest.raises(EngineError, match=r"CUDA.*--engine=onnxruntime.*--engine=eager --device=cpu"):
         open_it(engines, checkpoint)
     with pytest.raises(EngineError, match="needs a CUDA GPU"):
         load_policy(checkpoint, engine="tensorrt", engine_path=engines)

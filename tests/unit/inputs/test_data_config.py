@@ -32,7 +32,7 @@ def test_a_data_config_checks_itself(changes: dict, pattern: str) -> None:
 
 def test_built_in_names() -> None:
     assert load_data_config("so100") is DATA_CONFIGS["so100"]
-    with pytest.raises(ConfigError, match="unknown data_config 'so100_dualcamera'. Did you mean 'so100_dualcam'"):
+    with pytest.raises(ConfigError, match="'so100_dualcamera'.*'so100_dualcam'"):
         load_data_config("so100_dualcamera")
 
 
@@ -146,7 +146,7 @@ def test_key_lists_that_cannot_be_used(loaded: Callable, name: str, pattern: str
 
 
 def test_a_module_that_cannot_be_imported(loaded: Callable) -> None:
-    with pytest.raises(ConfigError, match="cannot import 'nowhere_to_be_found'.*Run from the folder"):
+    with pytest.raises(ConfigError, match="'nowhere_to_be_found'"):
         load_data_config("nowhere_to_be_found:X")
     with pytest.raises(ConfigError, match="(?s)No module named 'a_package_of_theirs'.*class MyRobot"):
         loaded("import a_package_of_theirs", "X")

@@ -120,12 +120,12 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_a_given_path_without_a_tokenizer_is_an_error_even_if_the_checkpoint_has_one(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="holds no tokenizer: expected tokenizer.json, or vocab.json and merges.txt"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json.*vocab\.json.*merges\.txt"):
         find_tokenizer(PROMPT, tmp_path / "nowhere", checkpoint)
 
 
 def test_the_hub_comes_last_and_its_failure_is_explained(tmp_path: Path, no_hub: list[str]) -> None:
-    with pytest.raises(CheckpointError, match=r"no tokenizer files: none in .*eagle2_hg_model.*no network.*--processor_path"):
+    with pytest.raises(CheckpointError, match=r"eagle2_hg_model.*--processor_path"):
         find_tokenizer(PROMPT, None, tmp_path)
     assert no_hub == [PROMPT.hub]
 

@@ -105,7 +105,7 @@ def test_earlier_frames_come_with_the_observation_and_none_are_kept(tmp_path: Pa
 
 
 def test_data_configs_and_tags_that_do_not_fit_are_refused(tiny: Path) -> None:
-    with pytest.raises(ConfigError, match=r"contradicts processor_config.json: video video.webcam \(the checkpoint: video.front, video.wrist\)"):
+    with pytest.raises(ConfigError, match=r"processor_config\.json.*video\.webcam.*video\.front, video\.wrist"):
         load_policy(tiny, data_config="so100", device="cpu")
     load_policy(tiny, data_config="so100_dualcam", device="cpu")
     with pytest.raises(ConfigError, match="unknown embodiment_tag 'gr1'.*--embodiment_tag=new_embodiment"):
@@ -363,7 +363,7 @@ def test_words_and_files_about_letterboxing_that_are_wrong(tiny: Path, tmp_path:
     with pytest.raises(ConfigError, match="N1.5 checkpoint.*--letterbox"):
         load_policy(write_network(tmp_path / "n1d5"), letterbox="never")
     edit_json(tiny / "processor_config.json", "processor_kwargs.letter_box_transform", "no")
-    with pytest.raises(CheckpointError, match="'letter_box_transform' must be true or false"):
+    with pytest.raises(CheckpointError, match="letter_box_transform"):
         load_policy(tiny)
     (tiny / "experiment_cfg").mkdir()
     (tiny / "experiment_cfg" / "final_processor_config.json").write_text('{"eval_image_transform": ')
