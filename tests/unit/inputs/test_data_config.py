@@ -146,7 +146,7 @@ def test_key_lists_that_cannot_be_used(loaded: Callable, name: str, pattern: str
 
 
 def test_a_module_that_cannot_be_imported(loaded: Callable) -> None:
-    with pytest.raises(ConfigError, match="'nowhere_to_be_found'"):
+    with pytest.raises(ConfigError, match="'nowhere_to_be_found'.*folder"):
         load_data_config("nowhere_to_be_found:X")
     with pytest.raises(ConfigError, match="(?s)No module named 'a_package_of_theirs'.*class MyRobot"):
         loaded("import a_package_of_theirs", "X")

@@ -125,7 +125,7 @@ def test_a_given_path_without_a_tokenizer_is_an_error_even_if_the_checkpoint_has
 
 
 def test_the_hub_comes_last_and_its_failure_is_explained(tmp_path: Path, no_hub: list[str]) -> None:
-    with pytest.raises(CheckpointError, match=r"eagle2_hg_model.*--processor_path"):
+    with pytest.raises(CheckpointError, match=r"eagle2_hg_model.*no network.*--processor_path"):
         find_tokenizer(PROMPT, None, tmp_path)
     assert no_hub == [PROMPT.hub]
 
