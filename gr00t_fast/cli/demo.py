@@ -22,4 +22,6 @@ def work(config: RunConfig) -> int:
     return run.run(replace(config, video=config.video or (None if config.out is None or config.dry_run else config.out / "demo.mp4")))
 
 
-main = replace(run.main, work=work, usage="usage: gr00t-fast demo [--page] [--out=DIR] [--flag=value of gr00t-fast run ...]", before=_AS_RUN)
+_USAGE = f"""usage: gr00t-fast demo [--page] [--out=DIR] [--flag=value of gr00t-fast run ...]
+It gives itself the checkpoint, the file of its arm and {shlex.join(_AS_RUN[len(_CHECKPOINT) :])}; your flags win."""
+main = replace(run.main, work=work, usage=_USAGE, before=_AS_RUN)
