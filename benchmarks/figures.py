@@ -33,6 +33,7 @@ _OUT = ROOT / "outputs" / "figures"
 _DEMO = "--model_path=checkpoints/so100-sim-reach"
 _HELD_OUT, _TRAINING = "outputs/figures/held_out", "outputs/figures/training"
 _RECORD_HELD_OUT = f"training/record.py --episodes=12 --first_layout=1000 --seed=7 --out={_HELD_OUT}"
+_ENGINES = "benchmarks/bench_engines.py --size=full --device=cpu --threads=2"
 _RECORD_TRAINING = f"training/record.py --episodes=16 --seed=3 --out={_TRAINING}"
 
 
@@ -127,20 +128,20 @@ FIGURES = {
         3,
     ),
     "n1.5_fp32": Figure(
-        ("benchmarks/bench_policy.py --size=full --device=cpu --precision=fp32 --threads=2 --rounds=5 --warm_up=1 --out={out}",),
+        ("benchmarks/bench_policy.py --engine=eager --size=full --device=cpu --precision=fp32 --threads=2 --rounds=5 --warm_up=1 --out={out}",),
         {"bench_policy.json": "bench_policy/n1.5_fp32.json"},
         6,
         _memory(21),
     ),
     "n1.5_bf16": Figure(
-        ("benchmarks/bench_policy.py --size=full --device=cpu --precision=bf16 --threads=2 --rounds=12 --out={out}",),
+        ("benchmarks/bench_policy.py --engine=fused --size=full --device=cpu --precision=bf16 --threads=2 --rounds=12 --out={out}",),
         {"bench_policy.json": "bench_policy/n1.5_bf16.json"},
         4,
         _bf16_memory(12),
     ),
     "n1.6_fp32": Figure(
         (
-            "benchmarks/bench_policy.py --network=n1.6 --size=full --device=cpu --precision=fp32 --rounds=5 --warm_up=1 --threads=1 "
+            "benchmarks/bench_policy.py --engine=eager --network=n1.6 --size=full --device=cpu --precision=fp32 --rounds=5 --warm_up=1 --threads=1 "
             "--reference=false --out={out}",
         ),
         {"bench_policy.json": "bench_policy_n1d6_cpu.json"},
@@ -149,21 +150,46 @@ FIGURES = {
     ),
     "n1.7_fp32": Figure(
         (
-            "benchmarks/bench_policy.py --network=n1.7 --size=full --device=cpu --precision=fp32 --rounds=5 --warm_up=1 --threads=2 "
+            "benchmarks/bench_policy.py --engine=eager --network=n1.7 --size=full --device=cpu --precision=fp32 --rounds=5 --warm_up=1 --threads=2 "
             "--reference=false --out={out}",
         ),
         {"bench_policy.json": "bench_policy/n1.7_fp32.json"},
         5,
         _memory(17),
     ),
-    "fused": Figure(
-        (
-            "benchmarks/bench_engines.py --size=full --engines eager fused --denoising_steps 4 2 --frames=4 --rounds=6 --precision=fp32 --device=cpu "
-            "--threads=2 --out={out}",
-        ),
-        {"bench_engines.json": "bench_engines/fused_full_fp32_2_threads_busy.json"},
-        9,
+    "fused_fp32": Figure(
+        (f"{_ENGINES} --engines eager fused --denoising_steps 4 2 --frames=4 --rounds=6 --precision=fp32 --out={{out}}",),
+        {"bench_engines.json": "bench_engines/n1.5_fp32.json"},
+        6,
         _memory(22),
+    ),
+    "fused_bf16": Figure(
+        (
+            f"{_ENGINES} --engines eager fused compiled reference --denoising_steps 4 2 --frames=24 --rounds=8 --precision=bf16 --out={{out}}",
+            "-m gr00t_fast export onnx --model_path={out}/checkpoint-full --out={out}/onnx --overwrite",
+            "-m gr00t_fast quantise --model_path={out}/checkpoint-full --onnx={out}/onnx --observations=random:0 --allow_few --frames=4 "
+            "--trial_frames=0 --target=openvino --out={out}/int8 --overwrite",
+            "benchmarks/bench_engines.py --model_path={out}/checkpoint-full --device=cpu --threads=2 --engines eager fused openvino={out}/int8 "
+            "--denoising_steps 4 2 --frames=2 --rounds=8 --precision=bf16 --out={out}/in_int8",
+        ),
+        {"bench_engines.json": "bench_engines/n1.5_bf16.json", "in_int8/bench_engines.json": "bench_engines/n1.5_int8.json"},
+        20,
+        _bf16_memory(21),
+    ),
+    "fused_bf16_two_cameras": Figure(
+        (
+            f"{_ENGINES} --data_config=so100_dualcam --engines eager fused reference --denoising_steps 4 2 --frames=2 --rounds=6 --precision=bf16 "
+            "--out={out}",
+        ),
+        {"bench_engines.json": "bench_engines/n1.5_bf16_two_cameras.json"},
+        7,
+        _bf16_memory(16),
+    ),
+    "fused_bf16_n1.7": Figure(
+        (f"{_ENGINES} --network=n1.7 --engines eager fused --denoising_steps 4 2 --frames=2 --rounds=6 --precision=bf16 --out={{out}}",),
+        {"bench_engines.json": "bench_engines/n1.7_bf16.json"},
+        5,
+        _bf16_memory(16),
     ),
     "lerobot": Figure(
         ("benchmarks/bench_lerobot.py --processor_path=$GR00T_PROCESSOR --size=full --threads=2 --rounds=6 --out={out}",),

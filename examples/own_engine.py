@@ -51,7 +51,7 @@ class SamePictureEngine(Engine):
 
 def main(model_path: str) -> float:
     """The largest difference from the plain engine, in joint units; 0 on a CPU."""
-    plain = load_policy(model_path, precision="fp32", device="cpu")
+    plain = load_policy(model_path, engine="eager", precision="fp32", device="cpu")
     engine = SamePictureEngine(plain.engine.model)
     policy = load_policy(model_path, engine=engine)
     observation, noise = plain.example_observation(), np.random.default_rng(0).standard_normal((1, *plain.chunk_shape)).astype(np.float32)

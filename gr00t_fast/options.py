@@ -69,7 +69,7 @@ class PolicyOptions(CheckpointOptions):
     action_horizon: int | None = None  # actions played per inference; default: all trained ones (lerobot: n_action_steps)
     device: str = "auto"  # auto, cuda, cuda:N, cpu, mps
     precision: PrecisionName = "auto"  # number format of the network
-    engine: EngineName = "auto"  # auto: eager; the last three need files (docs/engines.md)
+    engine: EngineName = "auto"  # auto: fused on a CPU, else eager; the last three need files (docs/engines.md)
     engine_path: Path | None = None  # directory of the export; default: exports/<engine> in the checkpoint's directory
     seed: int | None = None  # makes the noise, and a simulated scene, repeatable
 

@@ -55,7 +55,7 @@ class PolicyFlags(Flags):
     data_config: str | None = None  # of N1.5: so100, so100_dualcam, or module:ClassName of your own; default: so100
     denoising_steps: int | None = None  # steps from noise to action; default: the checkpoint's own
     precision: str = "auto"  # fp32, bf16, fp16; auto: fp32 on a CPU
-    engine: str = "auto"  # how the network is run; auto: eager
+    engine: str = "auto"  # how the network is run; auto: fused on a CPU, else eager
     engine_path: Path | None = None  # directory of an export; default: exports/<engine> in the checkpoint's directory
 
     def options(self, *without: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from gr00t_fast.engine.cuda_graph import check_device, compiled_engine, cuda_gra
 from gr00t_fast.engine.eager import PRECISIONS, EagerEngine, Engine
 from gr00t_fast.engine.exported import ExportedEngine, OnnxRuntimeEngine, OpenVinoEngine
 from gr00t_fast.engine.manifest import Target
-from gr00t_fast.engine.packed import FusedEngine
+from gr00t_fast.engine.packed import FusedEngine, packing_obstacle
 from gr00t_fast.engine.tensorrt import TensorRTEngine
 from gr00t_fast.model import Gr00t
 
@@ -28,11 +28,16 @@ EXPORTED: dict[str, type[ExportedEngine]] = {"onnxruntime": OnnxRuntimeEngine, "
 
 
 def make_engine(name: str, model: Gr00t) -> Engine:
-    """An engine over the torch model; `auto` is eager. Raises ConfigError for another one, or a device or compiler that it cannot use."""
+    """An engine over the torch model. Raises ConfigError for another one, or a device or compiler that it cannot use.
+
+    `auto` is `fused` on a CPU where its packed weights work, else `eager`.
+    """
     check_engine(name)
     if name not in ("auto", *ENGINES):
         raise ConfigError(f"engine '{name}' needs files besides the torch model: load_policy opens it. Expected one of: {', '.join(ENGINES)}.")
-    return ENGINES["eager" if name == "auto" else name](model)
+    if name == "auto":
+        name = "eager" if model.device.type != "cpu" or packing_obstacle(model.dtype) else "fused"
+    return ENGINES[name](model)
 
 
 def prepare_engine(name: str, device: torch.device) -> Callable[[Gr00t], Engine]:

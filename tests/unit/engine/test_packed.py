@@ -18,7 +18,7 @@ from gr00t_fast import Gr00tPolicy, load_policy
 from gr00t_fast.base.contracts import ActionPrefix
 from gr00t_fast.base.errors import ConfigError
 from gr00t_fast.base.measurement import StageTimer
-from gr00t_fast.engine import packed
+from gr00t_fast.engine import choose, packed
 from gr00t_fast.engine.packed import PLAIN, packing_obstacle, product
 from gr00t_fast.virtual.random_checkpoint import write_random_checkpoint
 
@@ -123,6 +123,17 @@ def test_packed_bf16_rounds_no_worse_than_plain() -> None:
     exact = rows.double() @ weight.double().t() + other.double()
     plain, quick = (product(rows, form, way, None, None, other) for form, way in ((weight, PLAIN), (packed.packed(weight, 49), 1)))
     assert (quick - exact).norm() < 1.1 * (plain - exact).norm()
+
+
+@pytest.mark.parametrize(("packs", "engine"), [pytest.param(True, "fused", marks=needs_packing), (False, "eager")])
+def test_the_default_is_fused_where_weights_can_be_packed(packs: bool, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not packs:
+        monkeypatch.setattr(choose, "packing_obstacle", lambda dtype: "not built in")
+    checkpoint = write_network(tmp_path / "network", SIZES, data_config="so100")
+    policy, plain = (load_policy(checkpoint, device="cpu", precision="fp32", **options) for options in ({}, {"engine": "eager"}))
+    assert (policy.engine.name, plain.engine.name) == (engine, "eager")
+    seen, start = observation("so100"), noise(plain)
+    assert_close(policy.get_action(seen, noise=start), plain.get_action(seen, noise=start))
 
 
 def test_where_nothing_can_be_packed_it_says_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
