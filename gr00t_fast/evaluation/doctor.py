@@ -244,7 +244,8 @@ def _opened(options: DoctorOptions, rows: Rows) -> tuple[Any, int | None]:
     with rows.trying("checkpoint", f"{options.model_path} is incomplete"):
         whole = open_checkpoint(options.model_path, letterbox=options.letterbox)
         parameters = sum(map(_parameters, whole.weight_files))
-        size = f"{parameters / 1e6:.0f} million parameters in {len(whole.weight_files)} files"
+        files = len(whole.weight_files)
+        size = f"{parameters / 1e6:.0f} million parameters in {files} file{'s' if files > 1 else ''}"
         rows.add("checkpoint", f"{found.path}: {found.network.title}, {size}")
         return whole, parameters
     return found, None

@@ -113,7 +113,7 @@ def test_denoising_steps_change_without_reloading(checkpoint: Path, policy: Gr00
 
 @pytest.mark.parametrize("steps", [0, -1, 1001, 2.0, "4", True, None])
 def test_impossible_steps(checkpoint: Path, policy: Gr00tPolicy, steps: object) -> None:
-    with pytest.raises(ConfigError, match="denoising_steps must be a whole number from 1 to 1000"):
+    with pytest.raises(ConfigError, match=r"denoising_steps .*\b1 .*1000"):
         policy.denoising_steps = steps
     assert policy.denoising_steps == 4
     if steps is not None:

@@ -312,7 +312,7 @@ def test_one_servo_that_loses_its_power_does_not_cost_the_others_theirs(tmp_path
 
 def test_a_cable_that_comes_and_goes_ends_the_run(tmp_path: Path) -> None:
     with connected(tmp_path) as (bus, arm):
-        with pytest.raises(RobotError, match="lost more than 5 times"):
+        with pytest.raises(RobotError, match=r"\b5 times.*cable"):
             look_until(arm, lambda: False, lambda: bus.inject("unplug:for_s=0.1"))
         assert arm.events["reconnect"] == 5
         until(lambda: bus.device is not None)
@@ -343,7 +343,7 @@ def test_two_threads(tmp_path: Path) -> None:
         first = threading.Thread(target=arm.observe)
         first.start()
         time.sleep(0.01)
-        with pytest.raises(RobotError, match="one thread at a time"):
+        with pytest.raises(RobotError, match="another thread"):
             arm.observe()
         first.join()
 

@@ -135,7 +135,7 @@ def test_an_embodiment_that_is_not_there(checkpoint: Path, tag: str, pattern: st
 )
 def test_damaged_metadata(checkpoint: Path, key: str, value: object) -> None:
     edit_json(checkpoint / "experiment_cfg" / "metadata.json", f"new_embodiment.{key}", value)
-    with pytest.raises(CheckpointError, match=r"metadata.json: the entry 'new_embodiment' is incomplete or damaged"):
+    with pytest.raises(CheckpointError, match=r"metadata\.json.*'new_embodiment'"):
         open_checkpoint(checkpoint).embodiment("new_embodiment")
 
 
@@ -224,7 +224,7 @@ def test_the_directory_above_a_checkpoint_names_it(checkpoint: Path, tmp_path: P
 
 
 def test_paths_that_are_no_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is a file; expected the checkpoint's directory"):
+    with pytest.raises(CheckpointError, match=r"file.*directory.*config\.json"):
         open_checkpoint(checkpoint / "config.json")
     for path in (tmp_path / "nowhere", "./some/where", "a/b/c", "nowhere", ""):
         with pytest.raises(CheckpointError, match=r"does not exist|is missing"):

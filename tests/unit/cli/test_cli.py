@@ -146,8 +146,8 @@ def test_presets_parse_and_flags_win(capsys: pytest.CaptureFixture[str]) -> None
     other = cli.parse([f"--config_path={ROOT}/configs/so100_sim.yaml", *FOLLOWER, "--model_path=m", "--robot.cameras={front: {type: sim}}"])
     assert isinstance(other.robot, SO100FollowerConfig)
     told = capsys.readouterr().err
-    assert "robot.task of the file does not apply" in told
-    assert "camera front has type sim: it draws the simulated scene" in told
+    assert "robot.task" in told
+    assert "camera front has type sim" in told
 
 
 class World:

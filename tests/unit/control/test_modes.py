@@ -143,7 +143,7 @@ def test_an_arm_that_stays_away_ends_the_run_when_its_time_is_over() -> None:
             raise ArmAwayError("the port is lost.", 5.0)
 
     bench.robot.on_observe = lose
-    with pytest.raises(BusFault, match="did not come back within 5 s"):
+    with pytest.raises(BusFault, match=r"\b5 s\b"):
         bench.loop.run()
     assert bench.clock.now_s() - bench.times()[-1] == pytest.approx(5.0, abs=0.1)
     assert bench.loop.mode is Mode.RELEASED

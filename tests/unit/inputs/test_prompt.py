@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -163,7 +164,7 @@ def test_truncation_saved_in_the_file_is_not_applied(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"version": "1.0"}', b"\xff"])
 def test_damaged_tokenizer_files(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)
-    with pytest.raises(CheckpointError, match="cannot be read.*Copy or download them again"):
+    with pytest.raises(CheckpointError, match=rf"tokenizer .*{re.escape(str(tmp_path))}.*download"):
         load_tokenizer(tmp_path)
 
 
