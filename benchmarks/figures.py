@@ -195,7 +195,12 @@ FIGURES = {
         ("benchmarks/bench_lerobot.py --processor_path=$GR00T_PROCESSOR --size=full --threads=2 --rounds=6 --out={out}",),
         {"bench_lerobot.json": "bench_lerobot/n1d5.json"},
         8,
-        lambda: _package("lerobot.policies.groot", "needs lerobot 0.4 with its extra groot")() or _processor() or _bf16_memory(14)(),
+        lambda: (
+            _package("lerobot.policies.groot", "needs lerobot 0.4 with its extra groot")()
+            or _package("peft", "needs peft, which lerobot's extra groot brings")()
+            or _processor()
+            or _bf16_memory(14)()
+        ),
     ),
     "policies": Figure(
         ("benchmarks/simple_benchmark.py --published --policies act smolvla diffusion_ddim gr00t --rounds=60 --threads=2 --out={out}",),

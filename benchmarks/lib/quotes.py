@@ -33,14 +33,16 @@ def value_at(result: Any, key: str) -> Any:
 
 
 _README, _RESULTS, _CHECKPOINT = "README.md", "docs/results.md", "checkpoints/so100-sim-reach/README.md"
-_FUSED, _N1D6, _LEROBOT = "bench_engines/fused_full_fp32_2_threads_busy.json", "bench_policy_n1d6_cpu.json", "bench_lerobot/n1d5.json"
-_N1D5, _N1D7 = "bench_policy/n1.5_fp32.json", "bench_policy/n1.7_fp32.json"
+_FUSED, _N1D6, _LEROBOT = "bench_engines/n1.5_fp32.json", "bench_policy_n1d6_cpu.json", "bench_lerobot/n1d5.json"
+_N1D5, _N1D7, _N1D5_BF16 = "bench_policy/n1.5_fp32.json", "bench_policy/n1.7_fp32.json", "bench_policy/n1.5_bf16.json"
+_BF16, _TWO, _N1D7_BF16, _INT8 = (f"bench_engines/{name}.json" for name in ("n1.5_bf16", "n1.5_bf16_two_cameras", "n1.7_bf16", "n1.5_int8"))
 _SYNC, _THREADED, _TRIALS = "evaluate/speed_up_sync.json", "evaluate/speed_up_threaded.json", "trials/sync_or_threaded.json"
 _REACH, _OPEN_LOOP, _STEPS = "reach_real_time.json", "open_loop/eval.json", "evaluate/evaluate.json"
 _STILL = ("100*rows.7.within.1.wilson_95.0", "100*rows.7.within.1.wilson_95.1", "rows.7.mean_time_s")
 _RATIO = ("median", "p25", "p75")
 _STAGES = ("vision", "language", "refine", "denoise", "total")
 _AS_EAGER = tuple(f"engines.fused.times_as_fast_as.4.eager.{part}" for part in _RATIO)
+_AS_INT8 = tuple(f"engines.openvino.times_as_fast_as.4.eager.{part}" for part in _RATIO)
 _AS_LEROBOT = tuple(f"speed_up.{part}" for part in _RATIO)
 
 
@@ -50,10 +52,18 @@ def _within_1_s(row: int) -> tuple[str, ...]:
     return (*rates, f"{at}.mean_time_s", f"{at}.mean_time_95_s.0", f"{at}.mean_time_95_s.1")
 
 
+def _engines(*names: str, steps: int = 4, of: str = "") -> tuple[str, ...]:
+    """Medians of calls, ms; then how many times as fast as eager, and as `of`, `fused` is."""
+    ratios = tuple(f"engines.fused.times_as_fast_as.{steps}.{other}.{part}" for other in ("eager", of) if other for part in _RATIO)
+    return (*(f"engines.{name}.times_ms.{steps}.p50" for name in names), *ratios)
+
+
+_TIMES, _OVER = "{:.2f} ({:.2f} to {:.2f})", ("reference", "eager", "fused")
 _REACHED = "{:.1f} ({:.1f} to {:.1f}) | {:.2f} ({:.2f} to {:.2f})"
 QUOTES = (
     Quote(_README, _FUSED, "{:.2f} times as fast as eager (quartiles {:.2f} to {:.2f})", _AS_EAGER),
-    Quote(_README, _N1D5, "{:.2f} times as fast as the reference's modules (quartiles {:.2f} to {:.2f})", _AS_LEROBOT),
+    Quote(_README, _N1D5_BF16, "{:.2f} times as fast as the reference's modules (quartiles {:.2f} to {:.2f})", _AS_LEROBOT),
+    Quote(_README, _INT8, "{:.2f} times as fast as eager in bf16 (quartiles {:.2f} to {:.2f})", _AS_INT8),
     Quote(_README, _LEROBOT, "{:.2f} times as fast as lerobot's own code (quartiles {:.2f} to {:.2f})", _AS_LEROBOT),
     Quote(_README, _REACH, "{} of {} layouts", ("run.episodes_solved", "run.episodes")),
     Quote(_README, _THREADED, "{:.1f} % where it infers while it moves", ("100*rows.0.within.1.rate",)),
@@ -65,18 +75,25 @@ QUOTES = (
         tuple(f"result.settings.{arm}.{what}" for arm in "ba" for what in ("successes", "trials")),
     ),
     *(
-        Quote(_RESULTS, file, "{:.0f} | {:.0f} | {:.0f} | {:.0f} | {:.0f} |", tuple(f"times_ms.ours.{stage}.p50" for stage in _STAGES))
+        Quote(_RESULTS, file, "|{:.0f}|{:.0f}|{:.0f}|{:.0f}|{:.0f}|", tuple(f"times_ms.ours.{stage}.p50" for stage in _STAGES))
         for file in (_N1D5, _N1D6, _N1D7)
     ),
     Quote(_RESULTS, _N1D5, "**{:.2f} times** (quartiles {:.2f} to {:.2f}) as fast as the modules", _AS_LEROBOT),
     Quote(_RESULTS, _N1D5, "takes {:.1f} times the floor", ("total_over_floor",)),
-    Quote(_RESULTS, _FUSED, "**{:.2f} times** (quartiles {:.2f} to {:.2f})", _AS_EAGER),
-    Quote(
-        _RESULTS,
-        _FUSED,
-        "of processor time {:.2f} (quartiles {:.2f} to {:.2f})",
-        tuple(f"engines.fused.times_as_fast_as.4.eager_in_processor_time.{part}" for part in _RATIO),
+    Quote(_RESULTS, _N1D5_BF16, "**{:.2f} times** (quartiles {:.2f} to {:.2f}) as fast as the modules in bf16", _AS_LEROBOT),
+    Quote(_RESULTS, _N1D5_BF16, "takes {:.2f} times the floor", ("total_over_floor",)),
+    *(
+        Quote(_RESULTS, file, f"|{steps}|{{:.0f}}|{{:.0f}}|{{:.0f}}|{_TIMES}|{_TIMES}|", _engines(*_OVER, steps=steps, of="reference"))
+        for file in (_BF16, _TWO)
+        for steps in (4, 2)
     ),
+    *(
+        Quote(_RESULTS, file, f"|{steps}|-|{{:.0f}}|{{:.0f}}|{_TIMES}|-|", _engines("eager", "fused", steps=steps))
+        for file in (_N1D7_BF16, _FUSED)
+        for steps in (4, 2)
+    ),
+    Quote(_RESULTS, _BF16, "`compiled` takes {:.0f} ms", ("engines.compiled.times_ms.4.p50",)),
+    Quote(_RESULTS, _INT8, "**{:.2f} times** (quartiles {:.2f} to {:.2f}) as fast as `eager`", _AS_INT8),
     Quote(_RESULTS, _LEROBOT, "**{:.2f} times** (quartiles {:.2f} to {:.2f})", _AS_LEROBOT),
     Quote(_RESULTS, _LEROBOT, "{:.1f} s, lerobot's {:.1f} s", ("0.001*times_ms.gr00t_fast.p50", "0.001*times_ms.lerobot.p50")),
     Quote(_RESULTS, _REACH, "**{} of {}** layouts", ("run.episodes_solved", "run.episodes")),
