@@ -30,7 +30,7 @@ from benchmarks.lib.reference import reference_engine
 from benchmarks.lib.work import measure_ceilings, stage_work
 from gr00t_fast.base.errors import ConfigError, check_ranges
 from gr00t_fast.base.measurement import StageTimer, paired_ratio, percentiles
-from gr00t_fast.engine import EXPORTED, check_engine, make_engine, open_engine, select_device, select_precision
+from gr00t_fast.engine import EXPORTED, PRECISIONS, check_engine, make_engine, open_engine, select_device, select_precision
 from gr00t_fast.engine.manifest import target_of
 from gr00t_fast.model import Gr00t, ModelInputs
 from gr00t_fast.model.config import ModelConfig, QwenVisionConfig, Siglip2VisionConfig, VisionConfig
@@ -66,16 +66,19 @@ def run(arguments: Config) -> dict[str, Any]:
     inputs, noise = example_inputs(model.config, device, dtype, arguments.cameras, arguments.seed)
     reference = reference_engine(path, arguments.embodiment_tag, device, dtype) if arguments.reference else None
     steps = arguments.denoising_steps or model.config.head.denoising_steps
-    before = measure_ceilings(device, dtype)
+    int8, arithmetic = ours.precision == "int8", PRECISIONS.get(ours.precision, dtype)
+    before = measure_ceilings(device, arithmetic, int8)
     times, busy, difference = interleave(ours, reference, inputs, noise, steps, arguments.rounds, arguments.warm_up, arguments.seed)
-    ceilings = before.best(measure_ceilings(device, dtype))  # twice: a machine that was busy once must not lower its own ceiling
-    work = stage_work(model, inputs.input_ids.shape[1], inputs.image_positions.shape[0], arguments.cameras, steps)
+    ceilings = before.best(measure_ceilings(device, arithmetic, int8))  # twice: a machine that was busy once must not lower its own ceiling
+    tokens, size = (inputs.input_ids.shape[1], inputs.image_positions.shape[0]), 1 if int8 else arithmetic.itemsize
+    work = stage_work(model, *tokens, arguments.cameras, steps, itemsize=size)
     if "refine" not in times["ours"]:  # an export runs both in one graph
         work["language"] += work.pop("refine")
     floors = {stage: round(w.floor_ms(ceilings), 3) for stage, w in work.items()}
     return {
         **{"benchmark": "bench_policy", "weights": program.weights_of(arguments), "engine": ours.name, "device": str(device)},
-        **{"precision": str(dtype).removeprefix("torch."), "denoising_steps": steps, "cameras": arguments.cameras, "rounds": arguments.rounds},
+        "precision": ours.precision or str(dtype).removeprefix("torch."),
+        **{"denoising_steps": steps, "cameras": arguments.cameras, "rounds": arguments.rounds},
         "parameters": sum(p.numel() for p in model.parameters()),
         "times_ms": {arm: {stage: percentiles(values) for stage, values in stages.items()} for arm, stages in times.items()},
         "speed_up": paired_ratio(times["reference"]["total"], times["ours"]["total"]) if reference else None,

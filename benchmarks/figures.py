@@ -34,6 +34,7 @@ _DEMO = "--model_path=checkpoints/so100-sim-reach"
 _HELD_OUT, _TRAINING = "outputs/figures/held_out", "outputs/figures/training"
 _RECORD_HELD_OUT = f"training/record.py --episodes=12 --first_layout=1000 --seed=7 --out={_HELD_OUT}"
 _ENGINES = "benchmarks/bench_engines.py --size=full --device=cpu --threads=2"
+_OF_INT8 = "--model_path={out}/checkpoint-full"
 _RECORD_TRAINING = f"training/record.py --episodes=16 --seed=3 --out={_TRAINING}"
 
 
@@ -164,17 +165,25 @@ FIGURES = {
         _memory(22),
     ),
     "fused_bf16": Figure(
-        (
-            f"{_ENGINES} --engines eager fused compiled reference --denoising_steps 4 2 --frames=24 --rounds=8 --precision=bf16 --out={{out}}",
-            "-m gr00t_fast export onnx --model_path={out}/checkpoint-full --out={out}/onnx --overwrite",
-            "-m gr00t_fast quantise --model_path={out}/checkpoint-full --onnx={out}/onnx --observations=random:0 --allow_few --frames=4 "
-            "--trial_frames=0 --target=openvino --out={out}/int8 --overwrite",
-            "benchmarks/bench_engines.py --model_path={out}/checkpoint-full --device=cpu --threads=2 --engines eager fused openvino={out}/int8 "
-            "--denoising_steps 4 2 --frames=2 --rounds=8 --precision=bf16 --out={out}/in_int8",
-        ),
-        {"bench_engines.json": "bench_engines/n1.5_bf16.json", "in_int8/bench_engines.json": "bench_engines/n1.5_int8.json"},
-        20,
+        (f"{_ENGINES} --engines eager fused compiled reference --denoising_steps 4 2 --frames=24 --rounds=8 --precision=bf16 --out={{out}}",),
+        {"bench_engines.json": "bench_engines/n1.5_bf16.json"},
+        15,
         _bf16_memory(21),
+    ),
+    "int8": Figure(
+        (
+            "benchmarks/bench_policy.py --size=full --device=cpu --threads=2 --rounds=1 --reference=false --out={out}",  # writes the checkpoint
+            f"-m gr00t_fast export onnx {_OF_INT8} --out={{out}}/onnx --overwrite",
+            f"-m gr00t_fast quantise {_OF_INT8} --onnx={{out}}/onnx --observations=random:0 --allow_few --frames=4 --trial_frames=0 "
+            "--target=openvino --out={out}/int8 --overwrite",
+            f"benchmarks/bench_engines.py {_OF_INT8} --engines eager fused openvino={{out}}/int8 --denoising_steps 4 2 --frames=2 --rounds=8 "
+            "--precision=bf16 --device=cpu --threads=2 --out={out}",
+            f"benchmarks/bench_policy.py {_OF_INT8} --engine=openvino --engine_path={{out}}/int8 --device=cpu --threads=2 --rounds=12 "
+            "--reference=false --out={out}",
+        ),
+        {"bench_engines.json": "bench_engines/n1.5_int8.json", "bench_policy.json": "bench_policy/n1.5_int8.json"},
+        8,
+        _bf16_memory(16),
     ),
     "fused_bf16_two_cameras": Figure(
         (

@@ -2,7 +2,8 @@
 
 FLOP count multiplications and additions of the matrix products and attention (2 per multiply-add); bytes count each weight once. The
 floor of a stage is the larger of FLOP over the machine's best matrix rate and bytes over its best read rate, both measured in the same run. On a CPU
-the matrix rate is that of packed weights where oneDNN has such products: a plain weight is copied in every call, and its rate gives no floor.
+the matrix rate is that of packed weights where oneDNN has such products: a plain weight is copied in every call, and its rate gives no floor. In
+8 bits all products count as such, and a weight as one byte.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ class Ceilings:
         return Ceilings(max(self.flop_per_s, other.flop_per_s), max(self.bytes_per_s, other.bytes_per_s))
 
 
-def stage_work(model: Gr00t, prompt_tokens: int, image_tokens: int, pictures: int, steps: int) -> dict[str, Work]:
-    """Work of one inference of one observation, by the stage names of the engines. image_tokens: of all pictures, among the prompt's."""
+def stage_work(model: Gr00t, prompt_tokens: int, image_tokens: int, pictures: int, steps: int, itemsize: int = 0) -> dict[str, Work]:
+    """Work of one inference of one observation, by the stage names of the engines. image_tokens: of all pictures, among the prompt's. itemsize: bytes
+    of a weight, if not the model's."""
     c: ModelConfig = model.config
     v, la, h = c.vision, c.language, c.head
     joined = getattr(v, "merge_size", 1) ** 2  # patches that become one token
@@ -54,7 +56,7 @@ def stage_work(model: Gr00t, prompt_tokens: int, image_tokens: int, pictures: in
     patches = image_tokens * joined
     seen = {"all": prompt_tokens, "text": prompt_tokens - image_tokens, "image": image_tokens}  # by cross-attending blocks
     sequence = 1 + h.future_tokens + h.action_horizon
-    itemsize = model.dtype.itemsize
+    itemsize = itemsize or model.dtype.itemsize
     blocks = list(model.head.dit.blocks)
     cross = {block.attention.kv: seen[block.context] for block in blocks if block.crosses}
 
@@ -83,8 +85,8 @@ def stage_work(model: Gr00t, prompt_tokens: int, image_tokens: int, pictures: in
     }
 
 
-def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Best of several runs, and on a CPU of plain and packed weights; takes a few seconds there."""
+def measure_ceilings(device: torch.device, dtype: torch.dtype, int8: bool = False) -> Ceilings:
+    """Best of several runs, and on a CPU of plain and packed weights; takes a few seconds there. int8: of products in 8 bits, on a CPU."""
     on_gpu = device.type == "cuda"
     size = 8192 if on_gpu else 1536
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -92,10 +94,20 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     if device.type == "cpu" and not packing_obstacle(dtype):
         weights[1] = packed(b, size)
     repeats = 20 if on_gpu else 8
-    matrix_s = min(_best_s(partial(product, a, weight, way, None, None, None), device, repeats) for way, weight in weights.items())
+    products = [_int8_product(size)] if int8 else [partial(product, a, weight, way, None, None, None) for way, weight in weights.items()]
+    matrix_s = min(_best_s(run, device, repeats) for run in products)
     big = torch.randn(2**30 // 4 if on_gpu else 2**28 // 4, device=device)  # 1 GiB, 256 MiB: beyond any cache
     read_s = _best_s(lambda: big.sum(), device, repeats=10)
     return Ceilings(2.0 * size**3 / matrix_s, big.numel() * 4 / read_s)
+
+
+def _int8_product(size: int) -> Callable[[], torch.Tensor]:
+    """size x size unsigned by signed, packed, with one scale per output: what oneDNN offers to torch for VNNI and AMX."""
+    x, weight = torch.randint(0, 256, (size, size), dtype=torch.uint8), torch.randint(-128, 128, (size, size), dtype=torch.int8)
+    packed_weight = torch.ops.onednn.qlinear_prepack(weight, [size, size])
+    scales, zero_points = torch.ones(size), torch.zeros(size, dtype=torch.int64)
+    others = (None, 1.0, 0, torch.float32, "none", [], "")  # bias, scale and zero of the output, its dtype, no activation
+    return partial(torch.ops.onednn.qlinear_pointwise, x, 1.0, 0, packed_weight, scales, zero_points, *others)
 
 
 def _best_s(run: Callable[[], object], device: torch.device, repeats: int) -> float:
