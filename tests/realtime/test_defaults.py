@@ -297,6 +297,7 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_recording_without_cameras_is_kept_and_tells_held_rows_and_when_rows_were(recording: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     (file,) = (recording / "data").rglob("*.parquet")
@@ -306,6 +307,7 @@ def test_a_recording_without_cameras_is_kept_and_tells_held_rows_and_when_rows_w
     np.testing.assert_allclose(table["time_s"], np.arange(PLAYED_S * FPS) / FPS, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("facts", "named"), [({"joint_unit": "range_m100_100"}, "joint unit"), ({"robot_type": "so101_follower"}, "robot type")])
 def test_rows_of_another_unit_or_arm_are_not_added_to_a_recording(facts: dict[str, str], named: str, recording: Path) -> None:
     recorder = DatasetRecorder(recording, True, SO100_JOINTS, echo=print)

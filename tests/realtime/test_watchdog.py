@@ -103,6 +103,7 @@ def test_a_run_that_hangs_or_crashes_in_native_code(
     stays_off(bus)
 
 
+@pytest.mark.slow
 def test_random_kills_leave_no_powered_servo(program: Program, bus: VirtualBus, tmp_path: Path) -> None:
     """Any signal, SIGKILL and SIGSTOP first, at any moment from the first write on, with either controller.
 

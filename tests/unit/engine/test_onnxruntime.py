@@ -180,6 +180,7 @@ def low(checkpoint: Path, tiny_engines: Path) -> Gr00tPolicy:
     return load_policy(checkpoint, engine="onnxruntime", engine_path=graphs, device="cpu", precision="fp16")
 
 
+@pytest.mark.slow
 def test_fp16_is_computed_through_casts(checkpoint: Path, low: Gr00tPolicy) -> None:
     full = load_policy(checkpoint, device="cpu", precision="fp32")
     seen, noise = observation(), _noise()

@@ -178,6 +178,7 @@ def test_one_command_from_export_to_openvino(tiny_export: Made, tmp_path: Path, 
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing temporary is left
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["int8", "fp8"])
 def test_tensorrt_files_agree_with_the_plain_graphs(tiny_export: Made, tmp_path: Path, scheme: str) -> None:
     assert run(tiny_export, tmp_path / "out", "--target=tensorrt", f"--format={scheme}", *FEW, "--trial_frames=0") == 0
