@@ -93,6 +93,7 @@ QUOTES = (
         for steps in (4, 2)
     ),
     Quote(_RESULTS, _BF16, "`compiled` takes {:.0f} ms", ("engines.compiled.times_ms.4.p50",)),
+    Quote(_RESULTS, "bench_policy/n1.5_int8.json", "takes {:.2f} times its floor", ("total_over_floor",)),
     Quote(_RESULTS, _INT8, "**{:.2f} times** (quartiles {:.2f} to {:.2f}) as fast as `eager`", _AS_INT8),
     Quote(_RESULTS, _LEROBOT, "**{:.2f} times** (quartiles {:.2f} to {:.2f})", _AS_LEROBOT),
     Quote(_RESULTS, _LEROBOT, "{:.1f} s, lerobot's {:.1f} s", ("0.001*times_ms.gr00t_fast.p50", "0.001*times_ms.lerobot.p50")),
