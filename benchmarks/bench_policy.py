@@ -66,7 +66,7 @@ def run(arguments: Config) -> dict[str, Any]:
     inputs, noise = example_inputs(model.config, device, dtype, arguments.cameras, arguments.seed)
     reference = reference_engine(path, arguments.embodiment_tag, device, dtype) if arguments.reference else None
     steps = arguments.denoising_steps or model.config.head.denoising_steps
-    int8, arithmetic = ours.precision == "int8", PRECISIONS.get(ours.precision, dtype)
+    int8, arithmetic = ours.precision == "int8" and device.type == "cpu", PRECISIONS.get(ours.precision, dtype)
     before = measure_ceilings(device, arithmetic, int8)
     times, busy, difference = interleave(ours, reference, inputs, noise, steps, arguments.rounds, arguments.warm_up, arguments.seed)
     ceilings = before.best(measure_ceilings(device, arithmetic, int8))  # twice: a machine that was busy once must not lower its own ceiling

@@ -259,9 +259,9 @@ def test_a_mistake_exceeds_the_tolerance(restored: Path, mistake, case: str, ste
 
 
 @functools.cache
-def _policy(directory: Path, tokenizer: Path, style: str):
+def _policy(directory: Path, tokenizer: Path, style: str, engine: str = "eager"):
     paths = {"model_path": directory / "checkpoint", "processor_path": tokenizer}
-    return load_policy(**paths, data_config=directory.name, device="cpu", precision="fp32", prompt_style=style)
+    return load_policy(**paths, data_config=directory.name, device="cpu", precision="fp32", prompt_style=style, engine=engine)
 
 
 @pytest.mark.parametrize(("case", "style"), EVERY)
@@ -294,9 +294,10 @@ def test_applied_transforms_are_the_recorded_inputs(golden_dir: Path, eagle_dir:
         np.testing.assert_allclose(ours[name].numpy().astype(np.float64), value.astype(np.float64), rtol=close, atol=close)
 
 
+@pytest.mark.parametrize("engine", ["eager", "auto"])
 @pytest.mark.parametrize(("case", "style", "steps"), EVERY_STEPS)
-def test_end_to_end_from_raw_frames(golden_dir: Path, eagle_dir: Path, restored: Path, case: str, style: str, steps: int) -> None:
-    golden, policy = load_case(golden_dir / case, style), _policy(golden_dir / case, eagle_dir, style)
+def test_end_to_end_from_raw_frames(golden_dir: Path, eagle_dir: Path, restored: Path, case: str, style: str, steps: int, engine: str) -> None:
+    golden, policy = load_case(golden_dir / case, style), _policy(golden_dir / case, eagle_dir, style, engine)
     policy.denoising_steps = steps
     keys = (*DATA_CONFIGS[case].video_keys, *DATA_CONFIGS[case].state_keys, "annotation.human.task_description")
     actions = policy.get_action({key: golden.arrays[key] for key in keys}, noise=golden.noise)

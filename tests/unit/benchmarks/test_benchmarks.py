@@ -117,6 +117,7 @@ def test_a_floor_is_measured_with_the_best_product_of_the_library(monkeypatch: p
     assert work.measure_ceilings(device, torch.float32).flop_per_s > 100 * plain.flop_per_s
     monkeypatch.setattr(work, "packing_obstacle", lambda dtype: "not built in")
     assert work.measure_ceilings(device, torch.float32).flop_per_s < 10 * plain.flop_per_s
+    monkeypatch.setattr(work, "product", lambda *_: pytest.fail("not in 8 bits"))
     assert work.measure_ceilings(device, torch.float32, int8=True).flop_per_s > plain.flop_per_s / 2  # without VNNI about twice
 
 
