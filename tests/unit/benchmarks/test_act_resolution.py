@@ -14,13 +14,13 @@ from benchmarks import act_resolution
 
 
 def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--resolutions", "128x96", "64x64", "--rounds=2", "--threads=1", "--device=cpu", "--json"]
+    flags = ["--resolutions", "256x192", "64x64", "--rounds=2", "--threads=1", "--device=cpu", "--json"]
     assert act_resolution.main([*flags, f"--out={tmp_path}"]) == 0
     result = json.loads((tmp_path / "act_resolution.json").read_text())
     assert result == json.loads(capsys.readouterr().out.splitlines()[-1])
     act, smolvla = (result["networks"][name]["resolutions"] for name in ("act", "smolvla"))
-    assert (act["128x96"]["tokens"], act["64x64"]["tokens"]) == (2 + 4 * 3, 2 + 2 * 2), "ResNet18 halves five times; latent and state"
-    assert smolvla["128x96"]["tokens"] == smolvla["64x64"]["tokens"], "both are padded to one square"
+    assert (act["256x192"]["tokens"], act["64x64"]["tokens"]) == (2 + 8 * 6, 2 + 2 * 2), "ResNet18 halves five times; latent and state"
+    assert smolvla["256x192"]["tokens"] == smolvla["64x64"]["tokens"], "both are padded to one square"
     assert act["64x64"]["times_faster_than_first"]["training_step_ms"] > 1
     assert all(row["refill_ms"]["count"] == 2 for row in act.values())
 
