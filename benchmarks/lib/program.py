@@ -54,7 +54,7 @@ class PolicyFlags(Flags):
     embodiment_tag: str = "new_embodiment"  # which category weights and statistics of the checkpoint
     data_config: str | None = None  # of N1.5: so100, so100_dualcam, or module:ClassName of your own; default: so100
     denoising_steps: int | None = None  # steps from noise to action; default: the checkpoint's own
-    precision: str = "auto"  # fp32, bf16, fp16; auto: fp32 on a CPU
+    precision: str = "auto"  # fp32, bf16, fp16; auto: bf16 where the device computes in it, else fp32
     engine: str = "auto"  # how the network is run; auto: fused on a CPU, else eager
     engine_path: Path | None = None  # directory of an export; default: exports/<engine> in the checkpoint's directory
 

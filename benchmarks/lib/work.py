@@ -94,8 +94,8 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, int8: bool = Fals
     if device.type == "cpu" and not packing_obstacle(dtype):
         weights[1] = packed(b, size)
     repeats = 20 if on_gpu else 8
-    products = [_int8_product(size)] if int8 else [partial(product, a, weight, way, None, None, None) for way, weight in weights.items()]
-    matrix_s = min(_best_s(run, device, repeats) for run in products)
+    products = [partial(product, a, weight, way, None, None, None) for way, weight in weights.items()]
+    matrix_s = min(_best_s(run, device, repeats) for run in ([_int8_product(size)] if int8 else products))
     big = torch.randn(2**30 // 4 if on_gpu else 2**28 // 4, device=device)  # 1 GiB, 256 MiB: beyond any cache
     read_s = _best_s(lambda: big.sum(), device, repeats=10)
     return Ceilings(2.0 * size**3 / matrix_s, big.numel() * 4 / read_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from gr00t_fast.engine.packed import FusedEngine, packing_obstacle
 from gr00t_fast.engine.tensorrt import TensorRTEngine
 from gr00t_fast.model import Gr00t
 
+log = logging.getLogger(__name__)
 # Engines over the torch model, and over exported files, which read no torch weights.
 ENGINES: dict[str, Callable[[Gr00t], Engine]] = {
     "eager": EagerEngine,
@@ -36,7 +38,10 @@ def make_engine(name: str, model: Gr00t) -> Engine:
     if name not in ("auto", *ENGINES):
         raise ConfigError(f"engine '{name}' needs files besides the torch model: load_policy opens it. Expected one of: {', '.join(ENGINES)}.")
     if name == "auto":
-        name = "eager" if model.device.type != "cpu" or packing_obstacle(model.dtype) else "fused"
+        obstacle = packing_obstacle(model.dtype) if model.device.type == "cpu" else ""
+        name = "fused" if model.device.type == "cpu" and not obstacle else "eager"
+        if obstacle:
+            log.warning("engine 'auto' is 'eager' here, and not 'fused': weights of %s cannot be packed: %s", model.dtype, obstacle)
     return ENGINES[name](model)
 
 

@@ -126,12 +126,15 @@ def test_packed_bf16_rounds_no_worse_than_plain() -> None:
 
 
 @pytest.mark.parametrize(("packs", "engine"), [pytest.param(True, "fused", marks=needs_packing), (False, "eager")])
-def test_the_default_is_fused_where_weights_can_be_packed(packs: bool, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_is_fused_where_weights_can_be_packed(
+    packs: bool, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     if not packs:
         monkeypatch.setattr(choose, "packing_obstacle", lambda dtype: "not built in")
     checkpoint = write_network(tmp_path / "network", SIZES, data_config="so100")
     policy, plain = (load_policy(checkpoint, device="cpu", precision="fp32", **options) for options in ({}, {"engine": "eager"}))
     assert (policy.engine.name, plain.engine.name) == (engine, "eager")
+    assert [record.getMessage().endswith("not built in") for record in caplog.records] == [True] * (not packs)
     seen, start = observation("so100"), noise(plain)
     assert_close(policy.get_action(seen, noise=start), plain.get_action(seen, noise=start))
 
