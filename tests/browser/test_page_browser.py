@@ -178,9 +178,9 @@ def address_of(drive: Drive) -> str:
     return drive.words().partition("page: ")[2].split()[0]
 
 
-def driven(programs: Programs, directory: Path) -> Drive:
+def driven(programs: Programs, directory: Path, *flags: str) -> Drive:
     """A run on the virtual servo bus with the flags that a user gives."""
-    argv = ["run", "--model_path=stands", "--embodiment_tag=new_embodiment", "--lang_instruction=go", "--page=127.0.0.1:0"]
+    argv = ["run", "--model_path=stands", "--embodiment_tag=new_embodiment", "--lang_instruction=go", "--page=127.0.0.1:0", *flags]
     return Drive(programs, directory, argv)
 
 
@@ -213,7 +213,7 @@ def test_stop_puts_the_arm_down_at_once(browser: WebDriver, programs: Programs, 
 
 
 def test_stop_again_lets_go(browser: WebDriver, programs: Programs, tmp_path: Path) -> None:
-    drive = driven(programs, tmp_path / "run")
+    drive = driven(programs, tmp_path / "run", "--home_speed_deg_s=5")  # longer on its way down than a slow browser needs for two clicks
     try:
         browser.get(address_of(drive))
         drive.moves(30.0)

@@ -146,7 +146,7 @@ def kill_on_a_bad_line(drive: Drive) -> None:
 
 def torque_lost(drive: Drive) -> None:
     drive.moves(50.0)
-    drive.bus.keep_off(2, 3.0)
+    drive.bus.let_go(2)
 
 
 def fell(drive: Drive) -> None:

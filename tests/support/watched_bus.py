@@ -75,12 +75,10 @@ class WatchedBus:
         self._bus.power_cycle()
         self._bus.push("shoulder_lift", degrees)
 
-    def keep_off(self, servo: int, for_s: float) -> None:
-        """A servo lets go, and no goal switches it on again."""
-        end_s = time.monotonic() + for_s
-        while time.monotonic() < end_s:
-            self._bus.servos[servo - 1].write(Register.TORQUE_ENABLE, b"\0")
-            time.sleep(0.001)
+    def let_go(self, servo: int) -> None:
+        """A servo loses its torque, and no goal switches it on again."""
+        self._bus.servos[servo - 1].goal_enables_torque = False
+        self._bus.servos[servo - 1].write(Register.TORQUE_ENABLE, b"\0")
 
     def close(self) -> list[Sample]:
         """All that was seen."""

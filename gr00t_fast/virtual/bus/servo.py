@@ -70,7 +70,7 @@ class Servo:
     def __init__(self, servo_id: int, calibration: JointCalibration | None = None, *, goal_enables_torque: bool = True) -> None:
         """`goal_enables_torque`: a write to Goal_Position also switches torque on, as reported in huggingface/lerobot#3585."""
         self.registers = bytearray(ADDRESS_SPACE)
-        self._goal_enables_torque = goal_enables_torque
+        self.goal_enables_torque = goal_enables_torque
         self._deliver()
         self.registers[Register.ID] = servo_id
         if calibration is not None:
@@ -192,7 +192,7 @@ class Servo:
             self._show_position()
         if Register.TORQUE_ENABLE in touched:
             self._torque_written()
-        if touched & {Register.GOAL_POSITION, Register.GOAL_POSITION + 1} and self._goal_enables_torque and not self.torque:
+        if touched & {Register.GOAL_POSITION, Register.GOAL_POSITION + 1} and self.goal_enables_torque and not self.torque:
             self.registers[Register.TORQUE_ENABLE] = 1
             self.set_point = self.encoder
 
