@@ -35,6 +35,7 @@ _HELD_OUT, _TRAINING = "outputs/figures/held_out", "outputs/figures/training"
 _RECORD_HELD_OUT = f"training/record.py --episodes=12 --first_layout=1000 --seed=7 --out={_HELD_OUT}"
 _ENGINES = "benchmarks/bench_engines.py --size=full --device=cpu --threads=2"
 _OF_INT8 = "--model_path={out}/checkpoint-full"
+_TWO_CAMERAS = "--data_config=so100_dualcam"
 _RECORD_TRAINING = f"training/record.py --episodes=16 --seed=3 --out={_TRAINING}"
 
 
@@ -73,6 +74,23 @@ class Figure:
     leaves: Mapping[str, str]
     minutes: float
     obstacle: Callable[[], str] = field(default=lambda: "")
+
+
+def _lerobot(version: str, module: str, network: str) -> Figure:
+    """lerobot's own code of a network, for which an environment has one version of it."""
+    extra = f"needs lerobot {version} with its extra groot"
+    return Figure(
+        ("benchmarks/bench_lerobot.py --processor_path=$GR00T_PROCESSOR --size=full --threads=2 --rounds=6 --out={out}",),
+        {"bench_lerobot.json": f"bench_lerobot/{network}.json"},
+        8,
+        lambda: (
+            _package("lerobot", extra)()
+            or _package(f"lerobot.policies.groot.{module}", extra)()
+            or _package("peft", extra)()
+            or _processor()
+            or _bf16_memory(14)()
+        ),
+    )
 
 
 FIGURES = {
@@ -185,13 +203,23 @@ FIGURES = {
         8,
         _bf16_memory(16),
     ),
-    "fused_bf16_two_cameras": Figure(
+    "int8_two_cameras": Figure(
         (
-            f"{_ENGINES} --data_config=so100_dualcam --engines eager fused reference --denoising_steps 4 2 --frames=2 --rounds=6 --precision=bf16 "
-            "--out={out}",
+            f"benchmarks/bench_policy.py {_TWO_CAMERAS} --size=full --device=cpu --threads=2 --rounds=1 --reference=false --out={{out}}",
+            f"-m gr00t_fast export onnx {_OF_INT8} {_TWO_CAMERAS} --out={{out}}/onnx --overwrite",
+            f"-m gr00t_fast quantise {_OF_INT8} {_TWO_CAMERAS} --onnx={{out}}/onnx --observations=random:0 --allow_few --frames=4 "
+            "--trial_frames=0 --target=openvino --out={out}/int8 --overwrite",
+            f"benchmarks/bench_engines.py {_OF_INT8} {_TWO_CAMERAS} --engines eager fused openvino={{out}}/int8 --denoising_steps 4 2 --frames=2 "
+            "--rounds=6 --precision=bf16 --device=cpu --threads=2 --out={out}",
         ),
+        {"bench_engines.json": "bench_engines/n1.5_int8_two_cameras.json"},
+        12,
+        _bf16_memory(16),
+    ),
+    "fused_bf16_two_cameras": Figure(
+        (f"{_ENGINES} {_TWO_CAMERAS} --engines eager fused reference --denoising_steps 4 2 --frames=12 --rounds=6 --precision=bf16 --out={{out}}",),
         {"bench_engines.json": "bench_engines/n1.5_bf16_two_cameras.json"},
-        7,
+        12,
         _bf16_memory(16),
     ),
     "fused_bf16_n1.7": Figure(
@@ -200,17 +228,8 @@ FIGURES = {
         5,
         _bf16_memory(16),
     ),
-    "lerobot": Figure(
-        ("benchmarks/bench_lerobot.py --processor_path=$GR00T_PROCESSOR --size=full --threads=2 --rounds=6 --out={out}",),
-        {"bench_lerobot.json": "bench_lerobot/n1d5.json"},
-        8,
-        lambda: (
-            _package("lerobot.policies.groot", "needs lerobot 0.4 with its extra groot")()
-            or _package("peft", "needs peft, which lerobot's extra groot brings")()
-            or _processor()
-            or _bf16_memory(14)()
-        ),
-    ),
+    "lerobot": _lerobot("0.4", "groot_n1", "n1d5"),
+    "lerobot_n1.7": _lerobot("0.6", "groot_n1_7", "n1d7"),
     "policies": Figure(
         ("benchmarks/simple_benchmark.py --published --policies act smolvla diffusion_ddim gr00t --rounds=60 --threads=2 --out={out}",),
         {"simple_benchmark.json": "simple_benchmark/simple_benchmark.json"},
