@@ -36,6 +36,7 @@ _RECORD_HELD_OUT = f"training/record.py --episodes=12 --first_layout=1000 --seed
 _ENGINES = "benchmarks/bench_engines.py --size=full --device=cpu --threads=2"
 _OF_INT8 = "--model_path={out}/checkpoint-full"
 _TWO_CAMERAS = "--data_config=so100_dualcam"
+_OF_INT8_TWO = f"{_OF_INT8}-so100_dualcam {_TWO_CAMERAS}"
 _RECORD_TRAINING = f"training/record.py --episodes=16 --seed=3 --out={_TRAINING}"
 
 
@@ -206,10 +207,10 @@ FIGURES = {
     "int8_two_cameras": Figure(
         (
             f"benchmarks/bench_policy.py {_TWO_CAMERAS} --size=full --device=cpu --threads=2 --rounds=1 --reference=false --out={{out}}",
-            f"-m gr00t_fast export onnx {_OF_INT8} {_TWO_CAMERAS} --out={{out}}/onnx --overwrite",
-            f"-m gr00t_fast quantise {_OF_INT8} {_TWO_CAMERAS} --onnx={{out}}/onnx --observations=random:0 --allow_few --frames=4 "
+            f"-m gr00t_fast export onnx {_OF_INT8_TWO} --out={{out}}/onnx --overwrite",
+            f"-m gr00t_fast quantise {_OF_INT8_TWO} --onnx={{out}}/onnx --observations=random:0 --allow_few --frames=4 "
             "--trial_frames=0 --target=openvino --out={out}/int8 --overwrite",
-            f"benchmarks/bench_engines.py {_OF_INT8} {_TWO_CAMERAS} --engines eager fused openvino={{out}}/int8 --denoising_steps 4 2 --frames=2 "
+            f"benchmarks/bench_engines.py {_OF_INT8_TWO} --engines eager fused openvino={{out}}/int8 --denoising_steps 4 2 --frames=2 "
             "--rounds=6 --precision=bf16 --device=cpu --threads=2 --out={out}",
         ),
         {"bench_engines.json": "bench_engines/n1.5_int8_two_cameras.json"},
@@ -305,7 +306,7 @@ def run(config: Config) -> int:
 def make(name: str, out: Path) -> bool:
     """Whether every command of the figure ended well; what they print goes to a log beside `out`. A recording that is there is used again."""
     out.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
     with out.with_name(f"{out.name}.log").open("w") as log:  # a name may have a point: n1.5
         for command in FIGURES[name].commands:
             words = [os.path.expandvars(word) for word in words_of(command, out)]
