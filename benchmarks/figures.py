@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from any directory
 
 from benchmarks.lib.program import Flags, read_flags
-from benchmarks.lib.quotes import NOT_YET, QUOTES
+from benchmarks.lib.quotes import QUOTES
 from benchmarks.lib.results import RESULTS, ROOT, publish
 from gr00t_fast.base.errors import ConfigError, closest
 from gr00t_fast.base.measurement import git_commit, linux_says
@@ -271,9 +271,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(config: Config) -> int:
     """Exit code: 1 where a figure failed. Raises ConfigError."""
     if config.quotes:
-        for quote in (*QUOTES, *NOT_YET):
-            if (RESULTS / quote.file).is_file():
-                print(f"{quote.page}{', NOT THERE YET' if quote in NOT_YET else ''}: {quote.said()}")
+        for quote in QUOTES:
+            print(f"{quote.page}: {quote.said()}")
         return 0
     for name in config.figures:
         if name not in FIGURES:
