@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,7 +91,9 @@ def measure(config: BenchVlaCppFlags) -> program.Result:
             if counts:
                 times_ms[name].append(1e3 * (perf_counter() - began_s))
     difference = np.linalg.norm(actions["gr00t_fast"] - actions["vla_cpp"]) / np.linalg.norm(actions["vla_cpp"])
+    clone = ["git", "-C", str(Path(vla_cpp.__file__).parent), "rev-parse", "--short=12", "HEAD"]
     return {
+        "vla_cpp_commit": subprocess.run(clone, capture_output=True, text=True).stdout.strip(),
         **{"engine": ours.engine.name, "precision": ours.precision, "denoising_steps": ours.denoising_steps, "rounds": config.rounds},
         **{"threads": torch.get_num_threads(), "cameras": len(pictures), "prompt_tokens": len(tokens)},
         "times_ms": {name: percentiles(times) for name, times in times_ms.items()},
