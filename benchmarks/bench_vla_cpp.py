@@ -37,7 +37,7 @@ NEW_EMBODIMENT = "31"
 @dataclass
 class BenchVlaCppFlags(program.PolicyFlags):
     gguf: Path = Path("n1.5.gguf")  # what vla.cpp's converter made of --model_path
-    rounds: int = 6  # timed calls of each side
+    rounds: int = 10  # timed calls of each side
     out: Path = Path("outputs/bench_vla_cpp")  # directory for JSON and table
 
     def __post_init__(self) -> None:
