@@ -38,7 +38,7 @@ _N1D5, _N1D7, _N1D5_BF16 = "bench_policy/n1.5_fp32.json", "bench_policy/n1.7_fp3
 _BF16, _TWO, _N1D7_BF16, _INT8 = (f"bench_engines/{name}.json" for name in ("n1.5_bf16", "n1.5_bf16_two_cameras", "n1.7_bf16", "n1.5_int8"))
 _SYNC, _THREADED, _TRIALS = "evaluate/speed_up_sync.json", "evaluate/speed_up_threaded.json", "trials/sync_or_threaded.json"
 _AB, _ARMS, _POLICIES = "ab_server/ab_server.json", "ab_server/arms.json", "simple_benchmark/simple_benchmark.json"
-_LEROBOT_N1D7 = "bench_lerobot/n1d7.json"
+_LEROBOT_N1D7, _INT8_TWO, _VLA_CPP = "bench_lerobot/n1d7.json", "bench_engines/n1.5_int8_two_cameras.json", "bench_vla_cpp/n1.5_bf16.json"
 _REACH, _OPEN_LOOP, _STEPS = "reach_real_time.json", "open_loop/eval.json", "evaluate/evaluate.json"
 _STILL = ("100*rows.7.within.1.wilson_95.0", "100*rows.7.within.1.wilson_95.1", "rows.7.mean_time_s")
 _RATIO = ("median", "p25", "p75")
@@ -99,6 +99,11 @@ QUOTES = (
     Quote(_RESULTS, _BF16, "`compiled` takes {:.0f} ms", ("engines.compiled.times_ms.4.p50",)),
     Quote(_RESULTS, "bench_policy/n1.5_int8.json", "takes {:.2f} times its floor", ("total_over_floor",)),
     Quote(_RESULTS, _INT8, "**{:.2f} times** (quartiles {:.2f} to {:.2f}) as fast as `eager`", _AS_INT8),
+    Quote(_RESULTS, _INT8_TWO, "**{:.2f} times** (quartiles {:.2f} to {:.2f}) as fast", _AS_INT8),
+    Quote(
+        _RESULTS, _VLA_CPP, "takes {:.0f} ms, paired **{:.2f} times** (quartiles {:.2f} to {:.2f}) as long", ("times_ms.vla_cpp.p50", *_AS_LEROBOT)
+    ),
+    Quote(_RESULTS, _VLA_CPP, "differ by {:.4f}", ("relative_difference",)),
     Quote(_RESULTS, _LEROBOT, "**{:.2f} times** (quartiles {:.2f} to {:.2f}", _AS_LEROBOT),
     Quote(_RESULTS, _LEROBOT_N1D7, "**{:.2f} times** (quartiles {:.2f} to {:.2f}", _AS_LEROBOT),
     *(
