@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
-from types import TracebackType
 from typing import Any, TextIO
 
 QUEUED_WRITES = 2000  # a report has 60 lines, a run says a line every few seconds
@@ -44,12 +43,12 @@ class Console:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         sys.stdout, sys.stderr = self._streams
         self._closed = True
         self._queue.put(None)
         self._thread.join(LAST_WORDS_S)
-        if self.failure is not None and not self._raised and error is None:
+        if self.failure is not None and not self._raised and kind is None:
             self._raised = True
             raise self.failure
 
@@ -74,12 +73,9 @@ class Console:
             stream, text = item
             try:
                 _write(stream, text)
-            except OSError as error:
-                if stream is self._streams[0]:
-                    self.failure = self.failure or error
-            except Exception as error:  # noqa: BLE001 - a stream that somebody closed or replaced by something odd; the other one must go on
-                if stream is self._streams[0]:
-                    self.failure = self.failure or OSError(errno.EBADF, f"the output stream failed: {error}")
+            except Exception as error:  # noqa: BLE001 - also of a stream that somebody closed or replaced by something odd; the other one must go on
+                if stream is self._streams[0] and self.failure is None:
+                    self.failure = error if isinstance(error, OSError) else OSError(errno.EBADF, f"the output stream failed: {error}")
 
 
 def stuck() -> bool:

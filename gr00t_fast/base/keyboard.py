@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 try:
@@ -64,7 +63,7 @@ class Keys:
         tty.setcbreak(self._descriptor, termios.TCSANOW)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._saved is not None:
             with contextlib.suppress(termios.error):  # the terminal is gone
                 # TCSADRAIN would wait for a terminal that is stopped (Ctrl-S)

@@ -11,6 +11,8 @@ from gr00t_fast.base.errors import ConfigError
 from gr00t_fast.cli.main import EXIT_OK, Command
 from gr00t_fast.cli.run import RunConfig
 from gr00t_fast.cli.shared_flags import OutputFlags
+from gr00t_fast.evaluation.align import align
+from gr00t_fast.evaluation.scene import card_of
 from gr00t_fast.record.page import BARE, PageAddress, listen, page_address
 from gr00t_fast.robots import ArmOptions
 from gr00t_fast.robots.lerobot_glue import device_faults
@@ -47,9 +49,6 @@ class AlignFlags(OutputFlags, ArmOptions):
 
 def run(config: AlignFlags) -> int:
     """Until a person presses `done`. Raises Gr00tFastError."""
-    from gr00t_fast.evaluation.align import align
-    from gr00t_fast.evaluation.scene import card_of
-
     for fault in device_faults(config.robot).values():
         raise fault
     card = card_of(config.recordings, SO100_JOINTS, config.tell)

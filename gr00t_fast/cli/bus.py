@@ -141,17 +141,13 @@ def serve(config: BusConfig) -> int:
         servo_ids=config.servos,
         seed=config.seed,
     )
-    with coming_first(), bus:
-        control = ControlSocket(bus, config.control, stop.set)  # type: ignore[arg-type]
-        try:
-            print(describe(config, bus, calibration_file), flush=True)
-            seen = 0
-            while not stop.wait(0.2) and bus.failure is None:
-                if seen == bus.requests:
-                    gc.collect()
-                seen = bus.requests
-        finally:
-            control.close()
+    with coming_first(), bus, contextlib.closing(ControlSocket(bus, config.control, stop.set)):  # type: ignore[arg-type]
+        print(describe(config, bus, calibration_file), flush=True)
+        seen = 0
+        while not stop.wait(0.2) and bus.failure is None:
+            if seen == bus.requests:
+                gc.collect()
+            seen = bus.requests
     return 0
 
 

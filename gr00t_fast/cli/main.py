@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib
 import json
 import os
+import pkgutil
 import signal
 import sys
 import traceback
@@ -158,9 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command(name: str) -> Callable[[Sequence[str]], int]:
     """`export onnx` -> what it runs."""
-    module, _, attribute = COMMANDS[name][0].partition(":")
-    found: Callable[[Sequence[str]], int] = getattr(importlib.import_module(f"gr00t_fast.cli.{module}"), attribute)
-    return found
+    return pkgutil.resolve_name(f"gr00t_fast.cli.{COMMANDS[name][0]}")
 
 
 def overview(names: Sequence[str] = tuple(COMMANDS)) -> str:

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from gr00t_fast.base import flags
 from gr00t_fast.base.clock import MonotonicClock
@@ -38,25 +38,25 @@ from gr00t_fast.control.modes import Mode
 from gr00t_fast.control.pacer import FPS_RANGE
 from gr00t_fast.control.planner import DEFAULT_MAX_HOLD_S, Planner, PlannerOptions
 from gr00t_fast.control.preflight import Preflight
+from gr00t_fast.evaluation.scene import build_card, card_of, card_path, told
 from gr00t_fast.inputs.data_config import DEFAULT_DATA_CONFIG
 from gr00t_fast.options import PolicyOptions
 from gr00t_fast.record.page import PageFacts, PageView, page_address
 from gr00t_fast.record.pictures import write_pictures
 from gr00t_fast.record.progress import Progress, dry_run_table, summary
 from gr00t_fast.record.recorder import DatasetRecorder, dataset_directory, modality_of
-from gr00t_fast.record.report import Outputs
+from gr00t_fast.record.report import HIDDEN, Outputs
 from gr00t_fast.record.session import KEYS_HELP, Session
 from gr00t_fast.record.views import View, display_target, display_view, video_view
-from gr00t_fast.robots import ArmOptions, SO100FollowerConfig
+from gr00t_fast.robots import ArmOptions, SO100FollowerConfig, check_ready
 from gr00t_fast.robots.lerobot_glue import device_faults
-
-if TYPE_CHECKING:
-    from gr00t_fast.scene.card import Card
+from gr00t_fast.scene.card import Card
+from gr00t_fast.scene.look import look
+from gr00t_fast.virtual import make_robot
 
 _RECORDED_FACTS = ("model_path", "revision", "embodiment_tag", "server", "denoising_steps", "controller")
 _SIMULATED_MAX_HOLD_S = 30.0
 _RESET_TIME_S = 10.0  # for a hand to put a block back; lerobot's --dataset.reset_time_s has 60, for a whole scene
-HIDDEN = "(hidden)"  # in a report, in place of a secret
 _SERVER = re.compile(r"tcp://([\w.-]+|\[[\da-fA-F:.%\w]+\]):(?P<port>\d{1,5})|ipc://.+")
 EXITS = """Ctrl-C, Ctrl-\\, Ctrl-Z, SIGTERM, a closed terminal put the arm down; after a second, Ctrl-C or SIGTERM again takes its torque off at once.
 exit codes: 0 done, 1 error, 2 a flag that cannot be understood; 128 + signal when stopped:
@@ -243,7 +243,7 @@ def drive(
             if (page := build_page(config, robot, stop)) is not None:
                 say = beside.enter_context(page).tee(say)
             recorder = beside.enter_context(build_recorder(config, robot, say)) if config.record else None
-            card = None if config.recordings is None else recorded_scene(config, robot, say)
+            card = None if config.recordings is None else card_of(config.recordings, robot.joint_names, say)
             policy = load_policy(robot, stop.request)
             source = "checkpoint" if policy.computes else "recording"
             led = config.poses.home is not None or not policy.computes  # a replay begins where the episode did
@@ -337,9 +337,6 @@ def views(config: RunConfig, robot: Robot, fps: float, say: Callable[[str], None
 
 def build_robot(config: RunConfig) -> Robot:
     """The arm, not yet connected: a wrong port, a missing calibration or camera is found out here, before weights are read."""
-    from gr00t_fast.robots import check_ready
-    from gr00t_fast.virtual import make_robot
-
     check_ready(config.robot)
     for fault in device_faults(config.robot).values():
         raise fault
@@ -383,20 +380,10 @@ def keys_of_session(config: RunConfig, say: Callable[[str], None]) -> Keys | Non
     return None
 
 
-def recorded_scene(config: RunConfig, robot: Robot, say: Callable[[str], None]) -> Card:
-    """The card behind --recordings. Raises ConfigError."""
-    from gr00t_fast.evaluation.scene import card_of
-
-    return card_of(config.recordings, robot.joint_names, say)
-
-
 def scene_check(
     config: RunConfig, card: Card, policy: Any, robot: Robot, preflight: Preflight, outputs: Outputs, led: bool, page: PageView | None
 ) -> Callable[[Observation], None]:
     """What compares the first observation with the recordings. Raises PreflightError where they contradict each other."""
-    from gr00t_fast.evaluation.scene import told
-    from gr00t_fast.scene.look import look
-
     camera_map = resolve_camera_map(robot.cameras, policy.metadata.resolutions, config.camera_map)
 
     def check(observation: Observation) -> None:
@@ -411,8 +398,6 @@ def scene_check(
 
 def keep_card(directory: Path, joint_names: tuple[str, ...], say: Callable[[str], None]) -> None:
     """The scene card of what was recorded, in the data set. Without one it is as good a data set: what goes wrong is only said."""
-    from gr00t_fast.evaluation.scene import build_card, card_path
-
     try:
         build_card(directory, joint_names=joint_names).save(card_path(directory))
     except Gr00tFastError as error:
@@ -470,13 +455,10 @@ def control_loop(
     return ControlLoop(robot, planner, options, clock, stop, session, connected, observers, say)
 
 
-def build_planner(
-    config: RunConfig, policy: Any, binding: RobotBinding, clock: Clock, fps: float, say: Callable[[str], None] | None = None
-) -> Planner:
+def build_planner(config: RunConfig, policy: Any, binding: RobotBinding, clock: Clock, fps: float, say: Callable[[str], None]) -> Planner:
     """`policy` is anything that yields actions: the network in this process, or a client of a server elsewhere, which may be away for a while."""
     recoverable = (ServerUnreachableError,) if config.server else ()
     said, options = config.lang_instruction, planner_options(config)
-    say = say or voice(config)
     echo = say if not config.blind else lambda line: say(line) if line.startswith("WARNING") else None  # not what the controller chooses, and why
     return Planner(policy, binding, said, clock, fps, options, recoverable=recoverable, echo=echo)
 
@@ -485,22 +467,18 @@ def planner_options(config: RunConfig) -> PlannerOptions:
     return PlannerOptions(config.controller, config.smoothing, max_hold_s(config), config.action_horizon)
 
 
-def say(text: str) -> None:
-    """A line for the user that is seen at once, also through a pipe or in a log."""
-    print(text, flush=True)
-
-
 def voice(config: RunConfig) -> Callable[[str], None]:
-    """How this run talks: `--json` leaves standard output to the result, `--quiet` leaves warnings."""
+    """How this run talks: `--json` leaves standard output to the result, `--quiet` leaves warnings. A line is seen at once, also through a pipe or in
+    a log."""
 
-    def to_stderr(text: str) -> None:
+    def say(text: str) -> None:
         if not config.quiet or text.startswith("WARNING"):
-            print(text, file=sys.stderr, flush=True)
+            print(text, file=sys.stderr if config.json or config.quiet else sys.stdout, flush=True)
 
-    return to_stderr if config.json or config.quiet else say
+    return say
 
 
-def announce_landing(landing: LandingReport | None, say: Callable[[str], None] = say) -> None:
+def announce_landing(landing: LandingReport | None, say: Callable[[str], None]) -> None:
     """Say whether the arm is still powered, also when another error is on its way. Raises nothing: the terminal may be gone."""
     if landing is None:
         return

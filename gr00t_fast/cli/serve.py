@@ -12,7 +12,7 @@ import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
-from gr00t_fast.base.errors import ConfigError, ServerError, require
+from gr00t_fast.base.errors import AT_LEAST_1, ConfigError, ServerError, check_ranges, require
 from gr00t_fast.cli.main import EXIT_OK, Command
 from gr00t_fast.cli.run import RunConfig
 from gr00t_fast.options import PolicyOptions
@@ -41,16 +41,13 @@ class ServeConfig(PolicyOptions):
 
     def check(self) -> None:
         super().check()
-        if not 1 <= self.port <= 65535:
-            raise ConfigError(f"--port={self.port} must be from 1 to 65535.")
+        check_ranges(self, port=(1, 65535), max_batch=AT_LEAST_1)
         if self.api_token is not None and not self.api_token:
             raise ConfigError("--api_token is empty; leave the flag out to serve every client.")
         if self.http and self.address:
             raise ConfigError(f"--address={self.address} is for ZeroMQ; with --http use --host and --port.")
         if self.host_names and not self.http:
             raise ConfigError(f"--host_names={self.host_names} is for --http: ZeroMQ's clients do not say whom they call.")
-        if self.max_batch < 1:
-            raise ConfigError(f"--max_batch={self.max_batch} must be at least 1.")
         if self.metrics_port and (self.http or not 1 <= self.metrics_port <= 65535):
             raise ConfigError(f"--metrics_port={self.metrics_port}: expected a port from 1 to 65535; with --http they are at /metrics of its own.")
         transport, _, place = self.address.partition("://")
@@ -63,7 +60,7 @@ def serve(config: ServeConfig) -> int:
     if config.status:
         return _print_status(config)
     logging.basicConfig(level=logging.DEBUG if config.verbose else logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     require("uvicorn" if config.http else "zmq", "serving")
     check_free(config.address or tcp_address(config.host, config.port))
     from gr00t_fast.policy import load_policy  # imports torch
@@ -115,18 +112,13 @@ def _stop_on_signals(server: Any) -> None:
     """The first SIGINT or SIGTERM ends the server after the inference in progress, a second one at once."""
 
     def on_signal(number: int, frame: object) -> None:
-        del frame
         for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, _interrupt)
+            signal.signal(each, signal.default_int_handler)
         logging.info("stopping on %s", signal.Signals(number).name)
         server.stop()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 main = Command(
@@ -136,4 +128,3 @@ main = Command(
     "exit codes: 0 stopped by Ctrl-C, SIGTERM or kill, 1 error, 2 bad flag, 130 interrupted while loading",
     file_of=RunConfig,
 )
-parse = main.parse

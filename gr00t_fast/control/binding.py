@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gr00t_fast.base.contracts import ActionChunk, ModalityConfig, Observation
+from gr00t_fast.base.contracts import ModalityConfig, Observation
 from gr00t_fast.base.errors import ObservationError, PreflightError, UnsafeActionError, closest
 
 
@@ -112,7 +112,7 @@ class _History:
 
 
 class RobotBinding:
-    """Turns an Observation and an instruction into the policy's dict, and the policy's dict into an ActionChunk."""
+    """Turns an Observation and an instruction into the policy's dict, and the policy's answer into joint targets."""
 
     def __init__(
         self,
@@ -198,7 +198,3 @@ class RobotBinding:
     def action_parts(self, targets: np.ndarray) -> dict[str, np.ndarray]:
         """The inverse of `action_targets`: (H, J) in robot joint order -> `action.<part>` (H, D)."""
         return {f"action.{part}": targets[:, joints] for part, joints in self._action.items()}
-
-    def action_chunk(self, actions: Mapping[str, np.ndarray], inference_ms: float, stages_ms: Mapping[str, float]) -> ActionChunk:
-        """Return the policy's answer as an ActionChunk, with what it cost. Raises UnsafeActionError as `action_targets`."""
-        return ActionChunk(self.action_targets(actions), inference_ms, dict(stages_ms))

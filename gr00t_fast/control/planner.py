@@ -79,11 +79,12 @@ class PolicyRunner:
     clock: Clock
 
     def infer(self, observation: Observation, **options: Any) -> tuple[ActionChunk, dict[str, np.ndarray]]:
-        """One inference: the chunk in robot order, and the policy's answer as it came. `options` go to `get_action`."""
+        """One inference: the chunk in robot order, and the policy's answer as it came. `options` go to `get_action`. Raises what that
+        raises, and UnsafeActionError as `RobotBinding.action_targets`."""
         began_s = self.clock.now_s()
         actions = self.policy.get_action(self.binding.policy_observation(observation, self.instruction), **options)
         inference_ms = 1000 * (self.clock.now_s() - began_s)
-        return self.binding.action_chunk(actions, inference_ms, self.policy.last_timing), actions
+        return ActionChunk(self.binding.action_targets(actions), inference_ms, dict(self.policy.last_timing)), actions
 
 
 @dataclass(frozen=True)
@@ -383,9 +384,8 @@ class Planner:
 
     def close(self, timeout_s: float) -> bool:
         """Take no more observations; called once the arm has landed. Never raises. False when an inference still runs after `timeout_s`."""
-        ended = self._worker.close(timeout_s)
-        self._left_running = not ended
-        return ended
+        self._left_running = not self._worker.close(timeout_s)
+        return not self._left_running
 
     def _prefix(self, tick: int) -> ActionPrefix | None:
         """What the new chunk shall continue; None when that is nothing, or nothing to rely on (the policy returned NaN)."""

@@ -24,7 +24,7 @@ class ChunkRecord:
     first_row: int
     inference_ms: float
     pause_ms: float
-    overlapped: bool = False
+    overlapped: bool
 
 
 @dataclass(frozen=True)
@@ -82,16 +82,14 @@ class RunTrace:
         finally:
             self.stages_ms[stage].append(1000 * (self._clock.now_s() - began_s))
 
-    def add_chunk(self, chunk: ActionChunk, pause_s: float, overlapped: bool = False) -> None:
+    def add_chunk(self, chunk: ActionChunk, pause_s: float, overlapped: bool) -> None:
         """Note an inference whose first action is sent at the coming tick; its inner stages become `infer/<stage>`."""
         self.chunks.append(ChunkRecord(len(self), chunk.inference_ms, 1000 * pause_s, overlapped))
         self.stages_ms["infer"].append(chunk.inference_ms)
         for stage, value_ms in chunk.stages_ms.items():
             self.stages_ms[f"infer/{stage}"].append(value_ms)
 
-    def add_tick(
-        self, measured: np.ndarray, target: np.ndarray, commanded: np.ndarray, sent_s: float, age_ticks: int = 0, underrun: bool = False
-    ) -> None:
+    def add_tick(self, measured: np.ndarray, target: np.ndarray, commanded: np.ndarray, sent_s: float, age_ticks: int, underrun: bool) -> None:
         """Note what the policy wanted and what was sent (J,), and the pose (J,) measured at the same tick (not yet moved by it).
 
         `age_ticks`: ticks since the observation behind the target. `underrun`: no row was due (Mode.HOLD), and the last goal was held.

@@ -16,8 +16,7 @@ from gr00t_fast.robots import CameraConfig, SimCameraConfig, rendered
 from gr00t_fast.robots import lerobot_glue as glue
 from gr00t_fast.scene.card import Card
 from gr00t_fast.scene.look import ASSUMED_DISTANCE_M, ASSUMED_VIEW_DEG, Look, look, most_shift, of_policy, ways_back
-from gr00t_fast.virtual import rendered_cameras
-from gr00t_fast.virtual.sim.simulation import HOME_DEG
+from gr00t_fast.virtual.sim.simulation import HOME_DEG, RenderedCameras
 
 _OLDEST_MS, _FIRST_MS = 2000, 5000
 _READ_S = 0.1
@@ -108,7 +107,7 @@ def opened(cameras: Mapping[str, CameraConfig]) -> Iterator[Callable[[], dict[st
     camera sees the arm in its home pose."""
     drawn = rendered(cameras)
     made = {name: glue.make_camera(name, camera) for name, camera in cameras.items() if not isinstance(camera, SimCameraConfig)}
-    shown = rendered_cameras(drawn, "degrees") if drawn else None
+    shown = RenderedCameras(drawn, "degrees") if drawn else None
     with contextlib.ExitStack() as stack:
         for name, camera in made.items():
             stack.callback(glue.disconnect_camera, camera)

@@ -6,6 +6,7 @@ What is pressed there comes back as what a key or a signal is. The page can hold
 from __future__ import annotations
 
 import errno
+import importlib.util
 import queue
 import re
 import socket
@@ -117,7 +118,8 @@ class PageView(View):
 
         Raises MissingExtraError without NiceGUI, ConfigError where the address cannot be had. Starts nothing.
         """
-        require_nicegui()
+        if importlib.util.find_spec("nicegui") is None:  # found, not imported: that costs a second and is for the other process
+            require("nicegui", "page")
         from gr00t_fast.record.page_server import PageServer
 
         self._socket = listen(address)
@@ -208,11 +210,3 @@ class PageView(View):
             self._pressed.put((what, value))
         else:
             super()._take(what, value)
-
-
-def require_nicegui() -> None:
-    """Raises MissingExtraError. Found, not imported: that costs a second and is for the other process."""
-    import importlib.util
-
-    if importlib.util.find_spec("nicegui") is None:
-        require("nicegui", "page")

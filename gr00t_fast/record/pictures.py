@@ -39,13 +39,13 @@ def png(picture: np.ndarray) -> bytes:
     return encoded.tobytes()
 
 
-def jpeg(picture: np.ndarray) -> bytes:
-    """uint8 RGB (height, width, 3) as a file, made smaller where it is wider than _WIDTH_PX."""
+def jpeg(picture: np.ndarray, widest_px: int = _WIDTH_PX) -> bytes:
+    """uint8 RGB (height, width, 3) as a file, made smaller where it is wider than `widest_px`."""
     import cv2  # changes the environment when it is imported
 
     height, width = picture.shape[:2]
-    if width > _WIDTH_PX:
-        picture = cv2.resize(picture, (_WIDTH_PX, max(1, round(height * _WIDTH_PX / width))), interpolation=cv2.INTER_AREA)
+    if width > widest_px:
+        picture = cv2.resize(picture, (widest_px, max(1, round(height * widest_px / width))), interpolation=cv2.INTER_AREA)
     encoded: np.ndarray = cv2.imencode(".jpg", picture[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])[1]  # RGB -> BGR
     return encoded.tobytes()
 

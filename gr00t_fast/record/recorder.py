@@ -115,7 +115,7 @@ class DatasetRecorder:
         there = self.out.is_dir() and any(self.out.iterdir())
         if there and not self._append:
             raise ConfigError(f"--record={self.out} exists already. Name another one, or add --record_append=true to continue that data set.")
-        if there and not (self.out / "meta" / "info.json").is_file():
+        if there and not _is_dataset(self.out):
             raise ConfigError(f"--record={self.out} holds files but no LeRobotDataset (no meta/info.json). Name another directory.")
         if rescued := tidy_up(self.out):
             self._echo(f"{self.out}: {rescued} episode(s) of an interrupted recording were completed.")
@@ -141,9 +141,9 @@ class DatasetRecorder:
 
     def _check_continued(self, cameras: Mapping[str, tuple[int, ...]] | None = None, robot_type: str = "", joint_unit: str = "") -> None:
         """Raises ConfigError where rows of this run would be of another kind than those that are there. What is empty is not known yet."""
-        if not (self.out / "meta" / "info.json").is_file():
+        if not _is_dataset(self.out):
             return
-        info = json.loads((self.out / "meta" / "info.json").read_text(encoding="utf-8"))
+        info = _read_map(self.out, "meta/info.json")
         there, wanted = info["features"], features(self._joints, cameras or {})
         pairs = [("version", str(info.get("codebase_version"))[:2], "v3"), ("frames a second", info.get("fps"), self._fps)]
         pairs += [(name, _kind(there.get(name)), _kind(column)) for name, column in wanted.items()]
@@ -156,11 +156,6 @@ class DatasetRecorder:
             raise ConfigError(f"--record_append: {self.out} cannot be continued: {'; '.join(differences)}. Record into another directory.")
 
     # The other process
-
-    @property
-    def process(self) -> int | None:
-        """Its number, once it was started."""
-        return self._sink.process
 
     @property
     def lost_ticks(self) -> int:
@@ -310,7 +305,7 @@ def features(joints: Sequence[str], cameras: Mapping[str, tuple[int, ...]]) -> d
     return {"observation.state": vector, "action": vector, **pictures}
 
 
-class DatasetWriter:
+class DatasetWriter(contextlib.AbstractContextManager):
     """What the recorder asks for, done in order: `open` once, then for each episode `begin`, `add` for each row, `end`, and `save` or `discard`.
 
     An episode that is cut off because the run was killed is saved: `ended_by` says it. All raise what lerobot and the file system raise; the data set
@@ -329,9 +324,6 @@ class DatasetWriter:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a local data set: nothing is asked of the hub
         self._lerobot = require("lerobot.datasets.lerobot_dataset", "robot")
         require("datasets", "robot").disable_progress_bars()
-
-    def __enter__(self) -> DatasetWriter:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         try:

@@ -51,7 +51,7 @@ _LIMIT_NOTES = (
     "tracking: distance from a target to the pose one tick later.",
 )
 _SCENE_NOTE = "live less recorded: shift, right, down in pixels, roll in degrees, zoom a share; light logarithmic; score: 1 is the same picture."
-_SECRET_FLAGS, _HIDDEN = ("__api_token",), "(hidden)"  # dashes and underscores are the same to the flags
+_SECRET_FLAGS, HIDDEN = ("__api_token",), "(hidden)"  # what is shown in place of a secret; dashes and underscores are the same to the flags
 _STYLE = """
 :root { color-scheme: light dark }
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
@@ -126,7 +126,7 @@ def without_secrets(argv: Sequence[str]) -> list[str]:
     for word in argv:
         name, equals, _ = word.partition("=")
         secret = name.replace("-", "_") in _SECRET_FLAGS
-        shown.append(_HIDDEN if hide else f"{name}={_HIDDEN}" if equals and secret else word)
+        shown.append(HIDDEN if hide else f"{name}={HIDDEN}" if equals and secret else word)
         hide = not equals and secret
     return shown
 
@@ -255,13 +255,8 @@ def _ending(run: Mapping[str, Any]) -> str:
     return "itself: a dry run" if run["inferences"] and not run["ticks"] else "the time limit"
 
 
-def as_text(report: Mapping[str, Any]) -> str:
-    """The report for a terminal."""
-    return text_of(sections(report))
-
-
 def text_of(found: Sequence[Section]) -> str:
-    """Sections below each other, columns aligned."""
+    """For a terminal: sections below each other, columns aligned."""
     return "\n".join("".join(line.rstrip() + "\n" for line in _lines(section)) for section in found)
 
 
@@ -420,7 +415,7 @@ class Outputs:
         if self._quiet:
             self._say(verdict(report) + "\n")
         elif loop.trace.moved or loop.trace.ended_by == "done":
-            self._say("\n" + as_text(report))
+            self._say("\n" + text_of(sections(report)))
         else:
             self._say("The arm was not moved: the run ended before the first target was sent.\n")
         if self._as_json:
@@ -461,7 +456,7 @@ def write_files(directory: Path, files: Iterable[tuple[str, bytes]]) -> list[Pat
 def contents(trace: RunTrace, report: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
     """The files of a run but its pictures: report.json, report.txt and, where something was played, run.npz (`RunTrace.arrays` and joint_names) and
     run.csv (a line for each tick)."""
-    texts = {"report.json": json.dumps(strict(report), indent=1, allow_nan=False, ensure_ascii=False) + "\n", "report.txt": as_text(report)}
+    texts = {"report.json": json.dumps(strict(report), indent=1, allow_nan=False, ensure_ascii=False) + "\n", "report.txt": text_of(sections(report))}
     for name, text in texts.items():
         yield name, text.encode("utf-8", "backslashreplace")  # a path may hold bytes that are no text; as \\udcNN it is valid JSON still
     if not len(trace):
@@ -523,13 +518,8 @@ def pace_figure(trace: RunTrace, fps: float) -> Figure:
 
 
 def new_figure(height: float) -> Figure:
-    require("matplotlib", "plots")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # the object interface: no global state, no display
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    figures = require("matplotlib.figure", "plots")  # the object interface: no global state, no display
+    return figures.Figure(figsize=(11, height), layout="constrained")
 
 
 def png_of(figure: Figure) -> bytes:

@@ -56,11 +56,6 @@ class Sink:
         self._closing = self._failed = False
 
     @property
-    def process(self) -> int | None:
-        """Its number, once it was started."""
-        return None if self._process is None else self._process.pid
-
-    @property
     def running(self) -> bool:
         return self._process is not None and not self._closing and self._listener.is_alive()
 

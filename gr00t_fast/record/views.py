@@ -29,6 +29,7 @@ from gr00t_fast.base.contracts import Observation
 from gr00t_fast.base.errors import ConfigError, MissingExtraError, install_command, require
 from gr00t_fast.control.modes import Mode
 from gr00t_fast.control.trace import TickRecord
+from gr00t_fast.record.pictures import jpeg
 from gr00t_fast.record.sink import Sink, Tell
 
 Echo = Callable[[str], None]
@@ -45,7 +46,6 @@ RECORDING = "display.rrd"  # in --out
 _ADDRESS = re.compile(r"(?:rerun(?:\+https?)?://)?(?P<host>\[[\da-fA-F:.%]+\]|[\w.-]+)(?::(?P<port>\d{1,5}))?(?:/proxy)?")
 _YES, _NO = ("true", "yes", "on", "1", WINDOW), ("false", "no", "off", "0")
 APPLICATION = "gr00t_fast"
-_JPEG_QUALITY = 85
 _PROBE_S = 3.0  # for a viewer's machine to accept a connection
 _CHECK_EVERY_S, _CHECK_S = 0.5, 0.25  # how often file and viewer are asked whether they have taken everything, and how long they have for that
 _PATIENCE_S = 5.0  # for a viewer that takes nothing; what comes meanwhile is left out
@@ -112,10 +112,8 @@ def check_writable(directory: Path, flag: str) -> None:
 
 
 def video_view(path: Path, fps: float, echo: Echo = print) -> View:
-    """Raises ConfigError for another suffix and a file that cannot be written, MissingExtraError without imageio-ffmpeg."""
+    """`path`: a .gif, or an .mp4 file. Raises ConfigError for one that cannot be written, MissingExtraError without imageio-ffmpeg."""
     gif = path.suffix.lower() == ".gif"
-    if not gif and path.suffix.lower() != ".mp4":
-        raise ConfigError(f"--video: '{path}' must end in .mp4 or .gif.")
     ffmpeg = require("imageio_ffmpeg", "plots")
     check_writable(path.parent, "--video")
     if path.is_dir():
@@ -231,10 +229,10 @@ class RerunView(contextlib.AbstractContextManager):
     """The streams of `target`, and what is written into them."""
 
     def __init__(self, tell: Tell, target: DisplayTarget, name: str, unit: str, joints: tuple[str, ...], cameras: list[str]) -> None:
-        import cv2  # changes the environment when it is imported
+        import cv2  # noqa: F401 - for the pictures, before the first tick; changes the environment when it is imported
 
         _without_statistics()
-        self._cv2, self._rr, self._tell = cv2, require("rerun", "display"), tell
+        self._rr, self._tell = require("rerun", "display"), tell
         self._name, self._unit, self._joints, self._cameras = name, unit, joints, cameras
         self._identity = str(uuid.uuid4())  # of both streams: a viewer that has one open knows the other
         self._time_s = self._observed_s = 0.0
@@ -284,7 +282,7 @@ class RerunView(contextlib.AbstractContextManager):
         self._observed_s = observation.time_s
         event = f"episode {tick.episode + 1}" if tick is not None and tick.episode != self._episode else ""
         self._episode = tick.episode if tick is not None else self._episode
-        pictures = {name: self._jpeg(frame) for name, frame in observation.frames.items() if self._streams}
+        pictures = {name: jpeg(frame, frame.shape[1]) for name, frame in observation.frames.items() if self._streams}
         for stream in self._streams:
             stream.add(self._time_s, observation.joints, tick, event, pictures)
         self._tell_lost()
@@ -310,10 +308,6 @@ class RerunView(contextlib.AbstractContextManager):
         columns = [blueprint.Vertical(*joints), blueprint.Vertical(*timing)]
         columns = [blueprint.Vertical(*cameras), *columns] if cameras else columns
         return blueprint.Blueprint(blueprint.Horizontal(*columns), blueprint.TimePanel(timeline="time"), collapse_panels=True)
-
-    def _jpeg(self, picture: np.ndarray) -> bytes:
-        quality = [self._cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY]
-        return self._cv2.imencode(".jpg", picture[:, :, ::-1], quality)[1].tobytes()  # RGB -> BGR
 
 
 class Stream:
@@ -363,8 +357,8 @@ class Stream:
             stream.disable_timeline("tick")
         else:
             stream.set_time("tick", sequence=tick.number)
-        for name, jpeg in pictures.items():
-            stream.log(f"cameras/{name}", rr.EncodedImage(contents=jpeg, media_type="image/jpeg"))
+        for name, picture in pictures.items():
+            stream.log(f"cameras/{name}", rr.EncodedImage(contents=picture, media_type="image/jpeg"))
         for index, joint in enumerate(self._joints):
             stream.log(f"joints/{joint}/measured", rr.Scalars(float(measured[index])))
             if tick is not None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from gr00t_fast.base.errors import ConfigError, require
+from gr00t_fast.base.errors import AT_LEAST_1, check_ranges, require
 from gr00t_fast.base.flags import Choice, Flags, setting
 
 
@@ -118,9 +118,7 @@ class ArmOptions(Flags):
     def check(self) -> None:
         super().check()
         for name, camera in getattr(self.robot, "cameras", {}).items():
-            for size in ("width", "height", "fps"):
-                if (value := getattr(camera, size)) <= 0:
-                    raise ConfigError(f"--robot.cameras.{name}.{size}={value} must be at least 1.")
+            check_ranges(camera, f"robot.cameras.{name}.", width=AT_LEAST_1, height=AT_LEAST_1, fps=AT_LEAST_1)
         if isinstance(self.robot, SO100FollowerConfig):
             from gr00t_fast.robots.lerobot_glue import check_numbers
 

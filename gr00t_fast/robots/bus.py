@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from gr00t_fast.base.contracts import SO100_JOINTS
 from gr00t_fast.base.errors import BusFault
-from gr00t_fast.robots.feetech import ErrorBit, Instruction, PacketParser, Register, Request, Status, from_word, sync_read, sync_write
+from gr00t_fast.robots.feetech import ErrorBit, Instruction, PacketParser, Register, Request, Status, sync_read, sync_write
 from gr00t_fast.robots.lerobot_glue import GRIPPER, lock_port, outside_range
 
 try:
@@ -131,12 +131,6 @@ class Guard:
     events: counts `read_retry`, `late_answer`, `stale_bytes`. error_bits: id -> error byte of that servo's newest status packet.
     late_answer_s: how long a missed answer may still come.
     """
-
-    port: str
-    motors: dict[str, Any]
-    calibration: dict[str, Any]
-    port_handler: Any
-    packet_handler: Any
 
     def __init__(self, driver: Any, events: Counter[str], on_exchange: Callable[[], object], tries: int, how_to_calibrate: str) -> None:
         """driver: lerobot's bus object, whose place this one takes. on_exchange: called before each request, a heartbeat. tries: of each request."""
@@ -297,7 +291,7 @@ def guarded(driver: Any, events: Counter[str], on_exchange: Callable[[], object]
 
 
 def _word(data: bytes, register: int) -> int:
-    return from_word(data[register : register + 2])
+    return int.from_bytes(data[register : register + 2], "little")
 
 
 # Switching an arm's torque off, whatever state its bus is in. Nothing here raises: every step is tried, and what failed is reported.

@@ -2,7 +2,7 @@
 
 Request: `FF FF id length instruction params.. checksum`; status: `FF FF id length error params.. checksum`, where length counts what
 follows it and the checksum is the inverted sum of everything between header and checksum. Source: Feetech's STS communication manual; the
-constants are those of Feetech's own `scservo_sdk`, so that any program built on it can be the master.
+constants are those of Feetech's own `scservo_sdk`, so that any program built on it can be the master. A word has its low byte first.
 """
 
 from __future__ import annotations
@@ -129,16 +129,6 @@ class PacketParser(Generic[Packet]):
             del buffer[0]
 
 
-def to_word(value: int) -> bytes:
-    """Two bytes, low byte first (protocol v0)."""
-    return bytes((value & 0xFF, value >> 8 & 0xFF))
-
-
-def from_word(data: Sequence[int]) -> int:
-    """The unsigned number in two bytes, low byte first."""
-    return data[0] | data[1] << 8
-
-
 def encode_signed(value: int, sign_bit: int) -> int:
     """Sign-magnitude: the servo keeps the sign in `sign_bit` and the absolute value below it; too large a value saturates."""
     magnitude = min(abs(value), (1 << sign_bit) - 1)
@@ -175,7 +165,6 @@ class Register(IntEnum):
     FIRMWARE_MINOR = 1
     MODEL = 3
     ID = 5
-    BAUD_RATE = 6
     RETURN_DELAY = 7  # units of 2 us
     RESPONSE_LEVEL = 8  # 0: answer only PING and READ
     MIN_POSITION = 9
@@ -190,7 +179,6 @@ class Register(IntEnum):
     I_GAIN = 23
     PROTECTION_CURRENT = 28
     HOMING_OFFSET = 31  # sign in bit 11
-    MODE = 33
     PROTECTIVE_TORQUE = 34  # what an overloaded servo still pushes with, per cent
     PROTECTION_TIME = 35  # how long it pushes with OVERLOAD_TORQUE or more before it is overloaded, 10 ms
     OVERLOAD_TORQUE = 36  # per cent

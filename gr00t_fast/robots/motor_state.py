@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gr00t_fast.base.contracts import SO100_JOINTS, MotorLoads
-from gr00t_fast.base.errors import BusFault, Gr00tFastError, RobotError, require
+from gr00t_fast.base.errors import BusFault, Gr00tFastError, RobotError, one_line, require
 from gr00t_fast.robots.bus import BAUD_RATE, EXCHANGE_FAILED, LINK_LOST, WAIT_S, ServoState, error_names, exchange
 from gr00t_fast.robots.calibration import JointCalibration
-from gr00t_fast.robots.feetech import MODEL_STS3215, Instruction, Register, Request, Status, decode_signed, from_word
+from gr00t_fast.robots.feetech import MODEL_STS3215, Instruction, Register, Request, Status, decode_signed
 from gr00t_fast.robots.lerobot_glue import GRIPPER, calibration_differences, lock_port, outside_range
 
 log = logging.getLogger(__name__)
@@ -267,7 +267,7 @@ class _Servo:
         return f"{self.memory[Register.FIRMWARE_MAJOR]}.{self.memory[Register.FIRMWARE_MINOR]}"
 
     def word(self, register: Register) -> int:
-        return from_word(self.memory[register : register + 2])
+        return int.from_bytes(self.memory[register : register + 2], "little")
 
     @property
     def calibration(self) -> JointCalibration:
@@ -284,9 +284,7 @@ def examine(port: str, calibration: Mapping[str, JointCalibration] | None, how_t
             lock_port(line.fileno(), port)
             found = {joint: _ask(line, servo_id) for servo_id, joint in enumerate(SO100_JOINTS, 1)}
     except LINK_LOST as error:
-        raise RobotError(
-            f"the port {port} cannot be used: {' '.join(str(error).split())}. Plug it in again, or choose another --robot.port."
-        ) from error
+        raise RobotError(f"the port {port} cannot be used: {one_line(error)}. Plug it in again, or choose another --robot.port.") from error
     there = {joint: servo for joint, servo in found.items() if servo is not None}
     if not there:
         return [Finding("no servo answers", "Switch the arm's power supply on; check the cable from the adapter to servo 1, and --robot.port.")], {}

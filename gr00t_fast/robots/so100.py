@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gr00t_fast.base.contracts import SO100_JOINTS, CameraSpec, JointUnit, LandingReport, Observation
-from gr00t_fast.base.errors import ArmAwayError, BusFault, CameraError, ConfigError, Gr00tFastError, MissedReadingError, RobotError
+from gr00t_fast.base.errors import ArmAwayError, BusFault, CameraError, ConfigError, Gr00tFastError, MissedReadingError, RobotError, one_line
 from gr00t_fast.robots import SimCameraConfig, SO100FollowerConfig, rendered
 from gr00t_fast.robots import lerobot_glue as glue
 from gr00t_fast.robots.bus import (
@@ -31,7 +31,6 @@ from gr00t_fast.robots.bus import (
     guarded,
     release_torque,
 )
-from gr00t_fast.robots.lerobot_glue import check_port, ports_message
 from gr00t_fast.robots.motor_state import JumpGuard, PerMinute, ServoHealth
 from gr00t_fast.robots.watchdog import Watchdog
 
@@ -78,7 +77,7 @@ class SO100FollowerArm:
         """`render` opens the cameras of `type: sim`, if there are any. Touches no hardware. Raises ConfigError when the port is missing or a number
         makes no sense."""
         if not config.port:
-            raise ConfigError(f"--robot.port is required for the real arm, e.g. /dev/ttyACM0. {ports_message()}.")
+            raise ConfigError(f"--robot.port is required for the real arm, e.g. /dev/ttyACM0. {glue.ports_message()}.")
         glue.check_numbers(config)
         self.config = config
         self.name = config.type_name
@@ -196,7 +195,7 @@ class SO100FollowerArm:
     # Connecting
 
     def _connect(self) -> None:
-        check_port(self.config.port)
+        glue.check_port(self.config.port)
         if self._rendered is None and (drawn := rendered(self.config.cameras)):
             self._rendered = self._render(drawn, self.joint_unit)
         follower = glue.make_follower(self.config)
@@ -212,7 +211,8 @@ class SO100FollowerArm:
         self._repeat("asking the servos whether they are powered", self._see_power)
         self._repeat("reading the servos' calibration", lambda: glue.check_calibration_in_servos(follower, self.config))
         for name, camera in follower.cameras.items():
-            self._open_camera(name, camera)
+            threading.excepthook = _no_traceback_of_cameras
+            glue.open_camera(name, self.config.cameras[name], camera, FIRST_FRAME_MS)
         self._first_reading()
         bus.late_answer_s = LATE_ANSWER_S
 
@@ -291,10 +291,6 @@ class SO100FollowerArm:
     def _slowness(self) -> str:
         late = self.events["late_answer"]
         return f"{late} answers came too late: the USB adapter or its hub is slow (try another port). " if late else ""
-
-    def _open_camera(self, name: str, camera: Any) -> None:
-        threading.excepthook = _no_traceback_of_cameras
-        glue.open_camera(name, self.config.cameras[name], camera, FIRST_FRAME_MS)
 
     # Observing
 
@@ -443,7 +439,7 @@ class SO100FollowerArm:
         return self._away(cause)
 
     def _away(self, cause: Exception) -> ArmAwayError:
-        said = f"the port {self.config.port} was lost ({_one_line(cause)}). Plug it in again. {ports_message()}."
+        said = f"the port {self.config.port} was lost ({_one_line(cause)}). Plug it in again. {glue.ports_message()}."
         return ArmAwayError(said, self.config.reconnect_s)
 
     def _reconnect(self) -> None:
@@ -509,7 +505,7 @@ class SO100FollowerArm:
 
 
 def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.!')}"
+    return f"{type(error).__name__}: {one_line(error).rstrip('.!')}"
 
 
 _excepthook = threading.excepthook

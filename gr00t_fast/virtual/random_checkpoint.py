@@ -84,7 +84,6 @@ def write_random_checkpoint(
     resolution: tuple[int, int] = (640, 480),
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
-    max_shard_bytes: int = _MAX_SHARD_BYTES,
     published_tokenizer: bool = False,
     weights: bool = True,
     network: NetworkName = "n1.5",
@@ -120,7 +119,7 @@ def write_random_checkpoint(
     for name, content in files.items():
         write_json(out / name, content)
     if weights:
-        write_weights(out, sizes, seed, dtype, max_shard_bytes)
+        write_weights(out, sizes, seed, dtype, _MAX_SHARD_BYTES)
     write_json(out / "config.json", config)  # last: it is what a checkpoint is known by
     return out
 

@@ -29,7 +29,7 @@ from gr00t_fast.base.signals import StopSignals
 from gr00t_fast.cli import run as cli
 from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
-from gr00t_fast.record.report import as_text, build_report
+from gr00t_fast.record.report import build_report, sections, text_of
 from gr00t_fast.record.session import Session
 from gr00t_fast.serving import PolicyClient, PolicyServer
 from gr00t_fast.serving.remote import RemotePolicy
@@ -58,7 +58,7 @@ class Run:
         self.robot.land = lambda *_: setattr(self, "landed_s", time.monotonic()) or land()
         served, joints = self.policy.get_modality_config(), self.robot.joint_names
         binding = RobotBinding(served, known.state_widths, known.action_widths, joints, {"front": "webcam"})
-        planner = cli.build_planner(config, self.policy, binding, clock, FPS)
+        planner = cli.build_planner(config, self.policy, binding, clock, FPS, cli.voice(config))
         self.stop = StopSignals()
         self.loop = ControlLoop(
             self.robot, planner, LoopOptions(FPS, episodes, timeout_s), clock, self.stop, Session(self.stop), echo=lambda line: None
@@ -225,7 +225,7 @@ def test_the_arm_holds_while_its_server_is_killed_and_goes_on_when_it_is_back(sc
     assert sum("The arm holds its pose" in line for line in run.said) == 1
     assert sum("is back after" in line for line in run.said) == 1
     assert (run.error, run.loop.trace.ended_by, run.loop.trace.landing.safe) == (None, "done", True)
-    text = as_text(build_report(run.loop, {}))
+    text = text_of(sections(build_report(run.loop, {})))
     assert f"{run.policy.address}, outages 1, " in text
     assert max(map(len, text.splitlines())) < 130
 

@@ -23,8 +23,8 @@ from gr00t_fast.robots import SO100FollowerConfig
 from gr00t_fast.robots.calibration import save_calibration, to_units
 from gr00t_fast.robots.feetech import Register
 from gr00t_fast.robots.so100 import SO100FollowerArm
-from gr00t_fast.virtual import rendered_cameras
 from gr00t_fast.virtual.bus import VirtualBus
+from gr00t_fast.virtual.sim.simulation import RenderedCameras
 
 OFF, ON = dict.fromkeys(SO100_JOINTS, 0), dict.fromkeys(SO100_JOINTS, 1)  # what `VirtualBus.torque` says
 
@@ -63,7 +63,7 @@ def make_arm(bus: VirtualBus, directory: Path, kind: type[SO100FollowerArm] = SO
     """An arm whose calibration file agrees with the bus's servos; its other flags are the defaults that a user has, but for `options`."""
     save_calibration(bus.calibration, directory / "test.json")
     config = {"port": bus.port, "id": "test", "calibration_dir": directory, **options}
-    return kind(SO100FollowerConfig(**config), rendered_cameras)
+    return kind(SO100FollowerConfig(**config), RenderedCameras)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import multiprocessing
 import os
 import time
 from collections.abc import Callable
@@ -22,6 +23,11 @@ def until(done: Callable[[], object], what: str = "it", patience_s: float = PATI
 def is_there(below: Path, pattern: str) -> bool:
     """Whether a file of this name is anywhere below a directory. Unlike rglob it bears directories that another process deletes meanwhile."""
     return any(fnmatch.fnmatch(name, pattern) for _, _, names in os.walk(below) for name in names)
+
+
+def beside() -> int:
+    """The number of the process that this one has started last with multiprocessing, as a Sink does."""
+    return max(process.pid or 0 for process in multiprocessing.active_children())
 
 
 def children(process: int) -> list[int]:

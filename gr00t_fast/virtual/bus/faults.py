@@ -28,7 +28,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from gr00t_fast.base.errors import ConfigError, closest
-from gr00t_fast.robots.feetech import ErrorBit, Instruction, Register, Request, Status, to_word
+from gr00t_fast.robots.feetech import ErrorBit, Instruction, Register, Request, Status
 
 Kind = Literal["silent", "absent", "wrong_model", "checksum", "drop", "loss", "flip", "delay", "no_data", "error", "unplug", "blocked"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -183,7 +183,7 @@ def _drop_byte(replies: list[Reply], position: int) -> None:
 
 def _with_model(data: bytes, fault: Fault, request: Request, _: random.Random) -> bytes:
     registers, payload = touched_registers(request), bytearray(data[5:-1])
-    for address, byte in zip((Register.MODEL, Register.MODEL + 1), to_word(fault.model), strict=True):
+    for address, byte in zip((Register.MODEL, Register.MODEL + 1), (fault.model & 0xFFFF).to_bytes(2, "little"), strict=True):
         if address in registers and address - registers[0] < len(payload):
             payload[address - registers[0]] = byte
     return Status(data[2], data[4], bytes(payload)).encode()

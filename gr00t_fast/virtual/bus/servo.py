@@ -13,7 +13,7 @@ from typing import Protocol
 from gr00t_fast.base.contracts import SO100_JOINTS
 from gr00t_fast.base.errors import RobotError
 from gr00t_fast.robots.calibration import OFFSET_LIMIT, Calibration, JointCalibration, from_units, to_units
-from gr00t_fast.robots.feetech import MODEL_STS3215, ErrorBit, Register, decode_signed, encode_signed, from_word, to_word
+from gr00t_fast.robots.feetech import MODEL_STS3215, ErrorBit, Register, decode_signed, encode_signed
 
 FIRMWARE = (3, 10)
 EEPROM_END = 40  # addresses below survive a power cycle (when Lock is 0 as they are written)
@@ -106,11 +106,11 @@ class Servo:
 
     def word(self, address: int) -> int:
         """The unsigned two-byte register at `address`."""
-        return from_word(self.registers[address : address + 2])
+        return int.from_bytes(self.registers[address : address + 2], "little")
 
     def set_word(self, address: int, value: int) -> None:
         """Put a two-byte value into the table, whatever its access rights."""
-        self.registers[address : address + 2] = to_word(value)
+        self.registers[address : address + 2] = (value & 0xFFFF).to_bytes(2, "little")
 
     def read(self, address: int, length: int) -> bytes:
         """What a READ returns; addresses behind the table read as zero."""
@@ -267,7 +267,6 @@ class FreePlant:
 
     def step(self, targets_deg: list[float | None], dt_s: float) -> list[float]:
         """Each position becomes its target."""
-        del dt_s
         pairs = zip(targets_deg, self.positions_deg, strict=True)
         self.positions_deg = [old if target is None else target for target, old in pairs]
         return list(self.positions_deg)

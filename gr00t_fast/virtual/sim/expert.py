@@ -97,8 +97,8 @@ def expert(simulation: Simulation) -> Iterator[np.ndarray]:
 
 
 def _reach(simulation: Simulation, kinematics: GraspKinematics) -> Iterator[np.ndarray]:
-    hover = kinematics.solve(_above(simulation.block_m, _HOVER_M), None, simulation.joints_deg, _WAYPOINT_M)
-    goal = kinematics.solve(_above(simulation.block_m, _REACH_M), None, hover)
+    hover = kinematics.solve(simulation.block_m + [0, 0, _HOVER_M], None, simulation.joints_deg, _WAYPOINT_M)
+    goal = kinematics.solve(simulation.block_m + [0, 0, _REACH_M], None, hover)
     hover[GRIPPER] = goal[GRIPPER] = _JAW_OPEN
     yield from _move(simulation, hover, near_deg=12.0)
     yield from _move(simulation, goal)
@@ -107,11 +107,11 @@ def _reach(simulation: Simulation, kinematics: GraspKinematics) -> Iterator[np.n
 
 def _place(simulation: Simulation, kinematics: GraspKinematics) -> Iterator[np.ndarray]:
     block, bowl, yaw = simulation.block_m, simulation.bowl_m, simulation.block_yaw_rad
-    hover = kinematics.solve(_above(block, _HOVER_M), yaw, _preferred(simulation), _WAYPOINT_M)
-    grasp = kinematics.solve(_above(block, _GRASP_M), yaw, hover)
+    hover = kinematics.solve(block + [0, 0, _HOVER_M], yaw, _preferred(simulation), _WAYPOINT_M)
+    grasp = kinematics.solve(block + [0, 0, _GRASP_M], yaw, hover)
     rim = np.array([*bowl[:2], BOWL_HEIGHT_M])  # type: ignore[index]
-    over = kinematics.solve(_above(rim, _CARRY_M), None, hover, _WAYPOINT_M)
-    drop = kinematics.solve(_above(rim, _DROP_M), None, over)
+    over = kinematics.solve(rim + [0, 0, _CARRY_M], None, hover, _WAYPOINT_M)
+    drop = kinematics.solve(rim + [0, 0, _DROP_M], None, over)
     yield from _move(simulation, _jaw(hover, _JAW_OPEN))
     yield from _move(simulation, _jaw(grasp, _JAW_OPEN), speed=0.7)
     yield from _hold(simulation, _jaw(grasp, _JAW_SHUT), _CLOSE_TICKS)
@@ -129,10 +129,6 @@ def _preferred(simulation: Simulation) -> np.ndarray:
     x, y = simulation.block_m[:2] - PAN_AXIS_XY_M
     start[0] = np.rad2deg(np.arctan2(x, -y))
     return start
-
-
-def _above(point_m: np.ndarray, height_m: float) -> np.ndarray:
-    return np.array([point_m[0], point_m[1], point_m[2] + height_m])
 
 
 def _jaw(pose_deg: np.ndarray, percent: float) -> np.ndarray:

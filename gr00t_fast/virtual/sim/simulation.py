@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from gr00t_fast.base.clock import MonotonicClock
 from gr00t_fast.base.contracts import SO100_JOINTS, CameraSpec, Clock, JointUnit, LandingReport, Observation
 from gr00t_fast.base.errors import CameraError, ConfigError, RobotError, require
 from gr00t_fast.robots import CameraConfig, SimCameraConfig, SO100SimConfig
@@ -298,7 +299,7 @@ class SimArm:
             name: CameraSpec(camera.width, camera.height, float(camera.fps)) for name, camera in config.cameras.items()
         }
         self.events: Counter[str] = Counter()
-        self._clock = clock
+        self._clock = clock or MonotonicClock()
         self._simulation: Simulation | None = None  # while connected
         self._last_s = 0.0  # when physics was last advanced, on the clock
         self._next_seed = 0
@@ -354,7 +355,7 @@ class SimArm:
         seed = self._next_seed if seed is None else seed
         self._end_episode()
         self.simulation.reset(seed)
-        self._last_s = self._now_s()
+        self._last_s = self._clock.now_s()
         self._next_seed = seed + 1
 
     def observe(self, with_frames: bool = True) -> Observation:
@@ -385,11 +386,8 @@ class SimArm:
                 self._simulation = None
         return self._landing
 
-    def _now_s(self) -> float:
-        return time.perf_counter() if self._clock is None else self._clock.now_s()
-
     def _catch_up(self) -> None:
-        now_s = self._now_s()
+        now_s = self._clock.now_s()
         self.simulation.advance(min(max(0.0, now_s - self._last_s), MAX_CATCH_UP_S))
         self._last_s = now_s
 

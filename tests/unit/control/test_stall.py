@@ -12,7 +12,7 @@ from gr00t_fast.base.contracts import SO100_JOINTS, MotorLoads, Observation
 from gr00t_fast.base.errors import UnsafeActionError
 from gr00t_fast.control.limits import Limits, Poses, SafetyOptions
 from gr00t_fast.control.modes import Mode
-from gr00t_fast.record.report import as_text, build_report
+from gr00t_fast.record.report import build_report, sections, text_of
 
 START = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 50.0])
 ELBOW, GRIPPER = 2, 5
@@ -244,7 +244,7 @@ def test_a_run_goes_on_with_what_is_not_blocked_and_reports_it() -> None:
     assert report["safety"]["stalled"]["elbow_flex"]["times"] == 1
     assert list(report["safety"]["stalled"]) == ["elbow_flex"]
     assert report["safety"]["stalled"]["elbow_flex"]["total_s"] > 10
-    assert "elbow_flex 1 time(s)" in as_text(report)
+    assert "elbow_flex 1 time(s)" in text_of(sections(report))
     assert not [line for line in run.said if "no stall protection" in line]
     assert run.robot.calls[-1] == "land"
 

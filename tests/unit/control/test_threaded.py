@@ -28,7 +28,7 @@ from gr00t_fast.base.worker import thread_left_running
 from gr00t_fast.control.limits import DEFAULT_MAX_SPEED_DEG_S
 from gr00t_fast.control.modes import Mode
 from gr00t_fast.control.planner import DueTarget, Planner, PlannerOptions
-from gr00t_fast.record.report import as_text, build_report
+from gr00t_fast.record.report import build_report, sections, text_of
 
 ROOT = Path(__file__).resolve().parents[3]
 # `GR00T_FAST_VIRTUAL_TICKS=1000000 pytest tests/unit/control/test_threaded.py` is the full count, under a minute.
@@ -433,7 +433,7 @@ class TestThread:
         assert run.robot.calls[-1] == "land"
         report = build_report(run.loop, {})
         assert report["controller"]["inference_left_running"]
-        assert "still running" in as_text(report)
+        assert "still running" in text_of(sections(report))
         assert thread_left_running()
         release.set()
         assert run.planner.close(PATIENCE_S)

@@ -28,7 +28,7 @@ from gr00t_fast.control.trace import TickRecord
 pytest.importorskip("nicegui")
 pytest.importorskip("websockets")
 
-from waiting import until
+from waiting import beside, until
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
@@ -214,9 +214,9 @@ def test_browsers_that_read_nothing_hold_up_no_tick() -> None:
         took_s = []
         for number in range(200):
             if number == 50:
-                os.kill(page.sink.process, signal.SIGSTOP)
+                os.kill(beside(), signal.SIGSTOP)
             if number == 150:
-                os.kill(page.sink.process, signal.SIGCONT)
+                os.kill(beside(), signal.SIGCONT)
             began_s = time.thread_time()  # what the loop's thread computes; a wait would show in the assertion below
             wall_s = time.monotonic()
             page.see(Observation(np.zeros(6), large, 0.0), tick(number), Mode.PLAY)
@@ -232,7 +232,7 @@ def test_browsers_that_read_nothing_hold_up_no_tick() -> None:
 
 def test_a_page_that_dies_is_said_and_changes_nothing() -> None:
     with shown() as page:
-        os.kill(page.sink.process, signal.SIGKILL)
+        os.kill(beside(), signal.SIGKILL)
         until(lambda: page.warnings, "it is said", 10.0)
         for number in range(100):
             page.see(Observation(np.zeros(6), FRAMES, 0.0), tick(number), Mode.PLAY)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from recorded import entries, info, left_beside, read_back
-from waiting import is_there, until
+from waiting import beside, is_there, until
 
 from gr00t_fast.base.contracts import SO100_JOINTS, Observation
 from gr00t_fast.base.errors import ConfigError
@@ -198,7 +198,7 @@ def test_a_writing_process_that_hangs_is_told_and_ended(two_episodes: Path, monk
         opened(recorder)
         stop = StopSignals()
         session = Session(stop, None, recorder, said.append)
-        process = recorder.process
+        process = beside()
         os.kill(process, signal.SIGSTOP)
         play(recorder, 3)
         until(lambda: not session.waits)
@@ -212,7 +212,7 @@ def test_a_writing_process_that_hangs_is_told_and_ended(two_episodes: Path, monk
 def test_a_run_that_is_refused_waits_for_no_writer(tmp_path: Path) -> None:
     said: list[str] = []
     with recorder_in(tmp_path / "data", said) as recorder:
-        process = recorder.process
+        process = beside()
     assert (said, recorder.failure, is_running(process)) == ([], None, False)
 
 
@@ -235,7 +235,7 @@ def test_a_full_disk_costs_one_episode(two_episodes: Path) -> None:
         for tick in range(10):
             recorder.add(seen(tick), np.zeros(6))
         until(lambda: any(is_there(place, "*.mp4") for place in left_beside(two_episodes)))
-        resource.prlimit(recorder.process, resource.RLIMIT_FSIZE, (200, 200))
+        resource.prlimit(beside(), resource.RLIMIT_FSIZE, (200, 200))
         recorder.end(success=None, ended_by="the time limit")
         recorder.save(success=None, ended_by="the time limit")
         until(lambda: recorder.failure or not recorder.busy)
@@ -271,7 +271,7 @@ def test_a_writing_process_that_dies_is_told_and_costs_one_episode(two_episodes:
         opened(recorder).begin("lift")
         recorder.add(seen(0), np.zeros(6))
         until(lambda: left_beside(two_episodes))
-        os.kill(recorder.process, signal.SIGKILL)
+        os.kill(beside(), signal.SIGKILL)
         until(lambda: recorder.failure)
         recorder.add(seen(1), np.zeros(6))  # does nothing
     assert "has ended" in recorder.failure

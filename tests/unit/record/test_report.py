@@ -13,7 +13,7 @@ import pytest
 from control_fakes import TICK_S, Bench
 
 from gr00t_fast.base.errors import ConfigError, RecordingError
-from gr00t_fast.record.report import SCHEMA, Outputs, as_text, build_report, contents, write_files
+from gr00t_fast.record.report import SCHEMA, Outputs, build_report, contents, sections, text_of, write_files
 
 
 def report_of(bench: Bench, **kwargs: object) -> dict:
@@ -35,7 +35,7 @@ def test_figures_of_a_known_run(bench: Bench) -> None:
     assert report["run"]["playback_hz"] == pytest.approx(30, abs=0.01)
     times_s = data["time_s"][~data["underrun"]]
     assert report["run"]["achieved_hz"] == pytest.approx((len(times_s) - 1) / (times_s[-1] - times_s[0]), abs=0.01)
-    assert "Hz from first to last target" in as_text(report), "what the figure leaves out"
+    assert "Hz from first to last target" in text_of(sections(report)), "what the figure leaves out"
     assert report["run"]["achieved_hz"] < 30
     assert report["stages_ms"]["infer"]["p50"] == pytest.approx(200)
     assert report["stages_ms"]["infer/network"]["p99"] == 4.0
@@ -66,7 +66,7 @@ def test_a_run_that_failed_at_connect_and_a_dry_run_have_a_report(tmp_path: Path
         failed.loop.run()
     dry.loop.run()
     assert report_of(failed)["safety"] is None
-    assert "a dry run" in as_text(report_of(dry))
+    assert "a dry run" in text_of(sections(report_of(dry)))
     for bench in (failed, dry):
         assert report_of(bench)["run"]["ticks"] == 0
         Outputs(tmp_path).write(bench.loop, {}, [])

@@ -289,5 +289,5 @@ def test_a_token_is_in_no_report() -> None:
 
 def test_a_token_in_a_file_is_not_in_the_process_list(tmp_path: Path) -> None:
     (file := tmp_path / "secret.yaml").write_text("api_token: s3cret\n")
-    assert serve.parse([f"--config_path={file}", "--model_path=m"]).api_token == "s3cret"
+    assert serve.main.parse([f"--config_path={file}", "--model_path=m"]).api_token == "s3cret"
     assert cli.parse([*SIM, f"--config_path={file}", "--server=tcp://a:1"]).api_token == "s3cret"

@@ -55,7 +55,7 @@ def test_what_a_servo_keeps_refuses_and_centres() -> None:
     assert servo.word(Register.MODEL) == 777, "read-only registers stay"
     for lock, kept in ((b"\1", 0), (b"\0", 100)):  # the permanent registers need the lock open to last
         servo.write(Register.LOCK, lock)
-        servo.write(Register.MIN_POSITION, p.to_word(100))
+        servo.write(Register.MIN_POSITION, (100).to_bytes(2, "little"))
         servo.power_cycle()
         assert servo.word(Register.MIN_POSITION) == kept
     servo.settle(1500.0, 0.01)
