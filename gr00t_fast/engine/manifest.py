@@ -266,7 +266,6 @@ def _without_later_fields(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 _CACHE_NAME = ".digests.json"
-_CHUNK_BYTES = 8 * 2**20
 _THREADS = 4  # hashlib releases the interpreter lock
 
 
@@ -319,11 +318,8 @@ def _stamp(file: Path) -> list[int]:
 
 
 def sha256(file: Path) -> str:
-    digest = hashlib.sha256()
     with open(file, "rb", buffering=0) as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sha256_of_json(value: object) -> str:
