@@ -66,15 +66,10 @@ class Target:
             **({} if embodiment.letterbox is None else {"letterbox": embodiment.letterbox.pads}),
         }
 
-    @property
-    def letterbox(self) -> str:
-        """As of `load_policy`."""
-        return self.checkpoint.letterbox
-
     def command(self, program: str, *flags: str) -> str:
         """The command line that makes an export for this target: `program` is the name that manifests record."""
         common = {"model_path": self.checkpoint.path, "embodiment_tag": self.embodiment_tag, "data_config": self.data_config_name}
-        common |= {} if self.letterbox == "auto" else {"letterbox": self.letterbox}
+        common |= {} if self.checkpoint.letterbox == "auto" else {"letterbox": self.checkpoint.letterbox}
         said = (f"--{name}={value}" for name, value in common.items() if value is not None)
         return shlex.join([*PROGRAMS.get(program, (program,)), *said, *flags])
 

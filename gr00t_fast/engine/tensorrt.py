@@ -52,12 +52,12 @@ class TensorRTEngine(ExportedEngine):
         super().__init__(TensorRTStages(trt, directory, manifest, where, remedy), directory, manifest, remedy)
         self._lengths: set[int] = set()
 
-    def _embed(self, prompts: Sequence[Tensor], image_positions: Tensor, tokens: Tensor) -> Tensor:
+    def embed(self, prompts: Sequence[Tensor], image_positions: Tensor, tokens: Tensor) -> Tensor:
         """As ExportedEngine's; says when a prompt has a length that was not met before, for which the library compiles."""
         if (length := len(prompts[0])) not in self._lengths:
             tell_new(log, self, f"{length} prompt tokens")
             self._lengths.add(length)
-        return super()._embed(prompts, image_positions, tokens)
+        return super().embed(prompts, image_positions, tokens)
 
 
 class TensorRTStages:
