@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from any directory
 
 from benchmarks.lib.program import Flags, read_flags
-from benchmarks.lib.quotes import NOT_YET, QUOTES
+from benchmarks.lib.quotes import QUOTES
 from benchmarks.lib.results import RESULTS, ROOT, publish
 from gr00t_fast.base.errors import ConfigError, closest
 from gr00t_fast.base.measurement import git_commit, linux_says
@@ -231,6 +231,20 @@ FIGURES = {
     ),
     "lerobot": _lerobot("0.4", "groot_n1", "n1d5"),
     "lerobot_n1.7": _lerobot("0.6", "groot_n1_7", "n1d7"),
+    "vla_cpp": Figure(
+        (
+            "-m gr00t_fast random-checkpoint --size=full --out={out}/checkpoint --overwrite",
+            "$VLA_CPP/scripts/convert_gr00t_n1_5_to_gguf.py --ckpt={out}/checkpoint --out={out}/n1.5.gguf",
+            "benchmarks/bench_vla_cpp.py --model_path={out}/checkpoint --gguf={out}/n1.5.gguf --device=cpu --precision=bf16 --threads=2 --out={out}",
+        ),
+        {"bench_vla_cpp.json": "bench_vla_cpp/n1.5_bf16.json"},
+        4,
+        lambda: (
+            _package("vla_cpp", "needs vla.cpp (its clone in VLA_CPP), built by the steps of benchmarks/bench_vla_cpp.py")()
+            or _package("gguf", "needs the package gguf")()
+            or _bf16_memory(12)()
+        ),
+    ),
     "policies": Figure(
         ("benchmarks/simple_benchmark.py --published --policies act smolvla diffusion_ddim gr00t --rounds=60 --threads=2 --out={out}",),
         {"simple_benchmark.json": "simple_benchmark/simple_benchmark.json"},
@@ -271,9 +285,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(config: Config) -> int:
     """Exit code: 1 where a figure failed. Raises ConfigError."""
     if config.quotes:
-        for quote in (*QUOTES, *NOT_YET):
-            if (RESULTS / quote.file).is_file():
-                print(f"{quote.page}{', NOT THERE YET' if quote in NOT_YET else ''}: {quote.said()}")
+        for quote in QUOTES:
+            print(f"{quote.page}: {quote.said()}")
         return 0
     for name in config.figures:
         if name not in FIGURES:

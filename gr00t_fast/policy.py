@@ -233,6 +233,10 @@ class Gr00tPolicy(Policy):
         return self.engine.max_batch
 
     @property
+    def equal_prompts(self) -> bool:
+        return self.engine.equal_prompts
+
+    @property
     def precision(self) -> str:
         """What the network computes in: int8 or fp8 where the engine is quantised, else its number format."""
         return getattr(self.engine, "precision", "") or next(word for word, dtype in PRECISIONS.items() if dtype == self.dtype)

@@ -37,9 +37,12 @@ _FUSED, _N1D6, _LEROBOT = "bench_engines/n1.5_fp32.json", "bench_policy_n1d6_cpu
 _N1D5, _N1D7, _N1D5_BF16 = "bench_policy/n1.5_fp32.json", "bench_policy/n1.7_fp32.json", "bench_policy/n1.5_bf16.json"
 _BF16, _TWO, _N1D7_BF16, _INT8 = (f"bench_engines/{name}.json" for name in ("n1.5_bf16", "n1.5_bf16_two_cameras", "n1.7_bf16", "n1.5_int8"))
 _SYNC, _THREADED, _TRIALS = "evaluate/speed_up_sync.json", "evaluate/speed_up_threaded.json", "trials/sync_or_threaded.json"
+_AB, _ARMS, _POLICIES = "ab_server/ab_server.json", "ab_server/arms.json", "simple_benchmark/simple_benchmark.json"
+_LEROBOT_N1D7, _INT8_TWO, _VLA_CPP = "bench_lerobot/n1d7.json", "bench_engines/n1.5_int8_two_cameras.json", "bench_vla_cpp/n1.5_bf16.json"
 _REACH, _OPEN_LOOP, _STEPS = "reach_real_time.json", "open_loop/eval.json", "evaluate/evaluate.json"
 _STILL = ("100*rows.7.within.1.wilson_95.0", "100*rows.7.within.1.wilson_95.1", "rows.7.mean_time_s")
 _RATIO = ("median", "p25", "p75")
+_OF_POLICY = ("refill_ms.p50", "actions_per_chunk", "amortised_ms_per_tick")
 _STAGES = ("vision", "language", "refine", "denoise", "total")
 _AS_EAGER = tuple(f"engines.fused.times_as_fast_as.4.eager.{part}" for part in _RATIO)
 _AS_INT8 = tuple(f"engines.openvino.times_as_fast_as.4.eager.{part}" for part in _RATIO)
@@ -65,7 +68,8 @@ QUOTES = (
     Quote(_README, _FUSED, "{:.2f} in fp32 (quartiles {:.2f} to {:.2f})", _AS_EAGER),
     Quote(_README, _N1D5_BF16, "{:.2f} times as fast as the reference's modules (quartiles {:.2f} to {:.2f})", _AS_LEROBOT),
     Quote(_README, _INT8, "{:.2f} times as fast as eager in bf16 (quartiles {:.2f} to {:.2f})", _AS_INT8),
-    Quote(_README, _LEROBOT, "{:.2f} times as fast as lerobot's own code (quartiles {:.2f} to {:.2f})", _AS_LEROBOT),
+    Quote(_README, _LEROBOT, "{:.2f} times as fast as 0.4.4 (quartiles {:.2f} to {:.2f})", _AS_LEROBOT),
+    Quote(_README, _LEROBOT_N1D7, "{:.2f} times as fast as 0.6.1 (quartiles {:.2f} to {:.2f})", _AS_LEROBOT),
     Quote(_README, _REACH, "{} of {} layouts", ("run.episodes_solved", "run.episodes")),
     Quote(_README, _THREADED, "{:.1f} % where it infers while it moves", ("100*rows.0.within.1.rate",)),
     Quote(_README, _SYNC, "{:.1f} % where it waits", ("100*rows.1.within.1.rate",)),
@@ -95,8 +99,25 @@ QUOTES = (
     Quote(_RESULTS, _BF16, "`compiled` takes {:.0f} ms", ("engines.compiled.times_ms.4.p50",)),
     Quote(_RESULTS, "bench_policy/n1.5_int8.json", "takes {:.2f} times its floor", ("total_over_floor",)),
     Quote(_RESULTS, _INT8, "**{:.2f} times** (quartiles {:.2f} to {:.2f}) as fast as `eager`", _AS_INT8),
-    Quote(_RESULTS, _LEROBOT, "**{:.2f} times** (quartiles {:.2f} to {:.2f})", _AS_LEROBOT),
-    Quote(_RESULTS, _LEROBOT, "{:.1f} s, lerobot's {:.1f} s", ("0.001*times_ms.gr00t_fast.p50", "0.001*times_ms.lerobot.p50")),
+    Quote(_RESULTS, _INT8_TWO, "**{:.2f} times** (quartiles {:.2f} to {:.2f}) as fast", _AS_INT8),
+    Quote(
+        _RESULTS, _VLA_CPP, "takes {:.0f} ms, paired **{:.2f} times** (quartiles {:.2f} to {:.2f}) as long", ("times_ms.vla_cpp.p50", *_AS_LEROBOT)
+    ),
+    Quote(_RESULTS, _VLA_CPP, "differ by {:.4f}", ("relative_difference",)),
+    Quote(_RESULTS, _LEROBOT, "**{:.2f} times** (quartiles {:.2f} to {:.2f}", _AS_LEROBOT),
+    Quote(_RESULTS, _LEROBOT_N1D7, "**{:.2f} times** (quartiles {:.2f} to {:.2f}", _AS_LEROBOT),
+    *(
+        Quote(_RESULTS, file, "{:.1f} s, lerobot's {:.1f} s", ("0.001*times_ms.gr00t_fast.p50", "0.001*times_ms.lerobot.p50"))
+        for file in (_LEROBOT, _LEROBOT_N1D7)
+    ),
+    Quote(_RESULTS, _AB, "{:.1f} ms with a TCP server", ("arms.0.latency_ms.p50",)),
+    Quote(_RESULTS, _AB, "{:.1f} ms in one process", ("arms.3.latency_ms.p50",)),
+    Quote(_RESULTS, _AB, "**{:.2f} times** (quartiles {:.2f} to {:.2f})", tuple(f"ratio.{part}" for part in _RATIO)),
+    Quote(_RESULTS, _ARMS, "together {:.1f} requests a second, one at a time {:.1f}", ("rows.1.requests_per_s", "rows.0.requests_per_s")),
+    *(
+        Quote(_RESULTS, _POLICIES, f"|{name}|{{:.0f}}|{{}}|{{:.1f}}|", tuple(f"policies.{name}.{key}" for key in _OF_POLICY))
+        for name in ("act", "smolvla", "diffusion_ddim", "gr00t")
+    ),
     Quote(_RESULTS, _REACH, "**{} of {}** layouts", ("run.episodes_solved", "run.episodes")),
     Quote(_RESULTS, _REACH, "{:.2f} ms (p50) and {:.1f} ms (p99)", ("pacing.tick_error_ms.p50", "pacing.tick_error_ms.p99")),
     Quote(_RESULTS, _REACH, "{} of {} ticks were missed", ("pacing.missed_ticks", "run.ticks")),
@@ -117,16 +138,4 @@ QUOTES = (
         tuple(f"rows.7.{key}" for key in ("within.1.successes", "episodes")) + _STILL,
     ),
     Quote(_RESULTS, _OPEN_LOOP, "{} held-out episodes ({} frames)", ("verdict.rests_on.episodes", "verdict.rests_on.frames")),
-)
-
-# Of results that are not measured yet: what their page will say of them.
-_AB, _ARMS, _POLICIES = "ab_server/ab_server.json", "ab_server/arms.json", "simple_benchmark/simple_benchmark.json"
-_WORTH, _OF_POLICY = tuple(f"all_factors.{part}" for part in _RATIO), ("refill_ms.p50", "actions_per_chunk", "amortised_ms_per_tick")
-NOT_YET = (
-    Quote(_RESULTS, _AB, "{:.1f} ms a call (quartiles {:.1f} to {:.1f}), **{:.2f} times**", (*_WORTH, "speed_up_p50")),
-    Quote(_RESULTS, _ARMS, "together {:.1f} requests a second, one at a time {:.1f}", ("rows.1.requests_per_s", "rows.0.requests_per_s")),
-    *(
-        Quote(_RESULTS, _POLICIES, f"{name} | {{:.0f}} | {{}} | {{:.1f}}", tuple(f"policies.{name}.{key}" for key in _OF_POLICY))
-        for name in ("act", "smolvla", "diffusion_ddim", "gr00t")
-    ),
 )

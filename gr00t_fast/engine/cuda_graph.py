@@ -42,6 +42,7 @@ class GraphEngine(Engine):
     """Over a fused model: camera frames in one upload, the rest recorded. Not thread-safe, as its policy is not."""
 
     max_batch = MAX_BATCH
+    equal_prompts = True
     continues = True
 
     def __init__(self, name: str, model: FusedModel, stages: Stages | None = None) -> None:

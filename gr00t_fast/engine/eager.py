@@ -64,6 +64,7 @@ class Engine(Protocol):
     dtype: torch.dtype
     continues: bool = False  # whether `run` takes a Continuation
     max_batch: int = 1  # how many observations `run` computes in less time than one after the other
+    equal_prompts: bool = False  # whether only those with prompts of one length
     warming_up: bool = False  # set by the policy while a first call may take seconds without a warning
 
     def run(self, inputs: PolicyInputs, noise: Tensor, denoising_steps: int, timer: StageTimer, continuation: Continuation | None = None) -> Tensor:

@@ -48,6 +48,7 @@ class ExportedEngine(Engine):
     """Over a `Runtime`. The torch weights are never read."""
 
     continues = True
+    equal_prompts = True
     name: str
 
     def __init__(self, runtime: Runtime, directory: Path, manifest: Manifest, remedy: str) -> None:

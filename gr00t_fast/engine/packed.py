@@ -46,6 +46,7 @@ class FusedEngine(EagerEngine):
     by one."""
 
     name = "fused"
+    equal_prompts = True
 
     def __init__(self, model: Gr00t) -> None:
         """Raises ConfigError for a model that is not on a CPU."""

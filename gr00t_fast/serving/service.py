@@ -34,7 +34,7 @@ import numpy as np
 from gr00t_fast.base.contracts import Policy
 from gr00t_fast.base.errors import ConfigError, Gr00tFastError, ObservationError, ServerError, WireError, require
 from gr00t_fast.base.measurement import percentiles
-from gr00t_fast.inputs.observation import flat_observation, is_nested
+from gr00t_fast.inputs.observation import LEROBOT_TASK, flat_observation, is_nested
 from gr00t_fast.serving.wire import UNAUTHORISED_TEXT
 
 log = logging.getLogger(__name__)
@@ -59,11 +59,13 @@ _BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 class Request:
     """What a client asks: an observation, the options of `Policy.get_action`, and when its answer is to be there (monotonic; None: it does not say).
 
-    client: its name, for people. since_s: since when this client waits, this request's or an earlier one's, of which this takes the place.
+    form: as of `form_of`. client: its name, for people. since_s: since when this client waits, this request's or an earlier one's, of which
+    this takes the place.
     """
 
     observation: Mapping[str, Any]
     options: Mapping[str, Any]
+    form: Hashable
     answer: Future[dict[str, np.ndarray]]
     client: str
     arrived_s: float
@@ -76,13 +78,14 @@ class Request:
         """By which requests are ordered."""
         return self.since_s + PATIENCE_S if self.deadline_s is None else self.deadline_s
 
-    @property
-    def form(self) -> Hashable:
-        """Equal for requests that one inference can compute. A request of a batch is computed alone."""
-        if batch_of(self.observation) > 1:
-            return id(self)
-        pictures = sorted((key, value.shape) for key, value in self.observation.items() if isinstance(value, np.ndarray) and value.ndim > 2)
-        return tuple(pictures), self.options.get("prefix") is not None
+
+def form_of(observation: Mapping[str, Any], options: Mapping[str, Any], equal_prompts: bool = False) -> Hashable:
+    """Equal for requests that one inference can compute, with `equal_prompts` as of `Policy`. A request of a batch is computed alone."""
+    if batch_of(observation) > 1:
+        return object()
+    pictures = sorted((key, value.shape) for key, value in observation.items() if isinstance(value, np.ndarray) and value.ndim > 2)
+    texts = sorted((key, str(value)) for key, value in observation.items() if key == LEROBOT_TASK or "annotation" in key)
+    return tuple(pictures), tuple(texts) if equal_prompts else (), options.get("prefix") is not None
 
 
 def batch_of(observation: Mapping[str, Any]) -> int:
@@ -331,6 +334,7 @@ class Service:
         if deadline_s is not None and not (type(deadline_s) in (int, float) and 0 < deadline_s <= MAX_DEADLINE_S):
             raise WireError(f"deadline_s: expected seconds from now, more than 0 and at most {MAX_DEADLINE_S:g}, got {str(deadline_s)[:80]}.")
         due_s, future = None if deadline_s is None else now_s + deadline_s, Future[dict[str, np.ndarray]]()
+        form = form_of(observation, options, self.policy.equal_prompts)
         future.set_running_or_notify_cancel()
         with self._lock:
             if self._stopping.is_set():
@@ -341,7 +345,7 @@ class Service:
             if (replaced is None and len(waiting) >= self._max_waiting) or others_bytes + size_bytes > self._limit_bytes:
                 raise ServerError(f"busy: {len(waiting)} requests are waiting, {others_bytes} bytes in all. Try again later.", ServerError.BUSY)
             since_s = now_s if replaced is None else replaced.since_s
-            waiting[client] = Request(observation, options, future, name, now_s, since_s, due_s, size_bytes)
+            waiting[client] = Request(observation, options, form, future, name, now_s, since_s, due_s, size_bytes)
             self._wake.put(None)
         if replaced is not None:
             replaced.answer.set_exception(ServerError("a later request of the same client took its place.", ServerError.REPLACED))

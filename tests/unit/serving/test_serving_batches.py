@@ -21,7 +21,7 @@ from gr00t_fast import load_policy
 from gr00t_fast.base.errors import Gr00tFastError, ObservationError, ServerError
 from gr00t_fast.serving.client import PolicyClient
 from gr00t_fast.serving.server import PolicyServer
-from gr00t_fast.serving.service import BatchTimes, Queue, Request, Service
+from gr00t_fast.serving.service import BatchTimes, Queue, Request, Service, form_of
 from gr00t_fast.serving.wire import encode
 from gr00t_fast.virtual.random_checkpoint import write_random_checkpoint
 
@@ -29,7 +29,8 @@ GPU, CPU = {1: 0.10, 2: 0.11, 4: 0.13, 8: 0.20}, {1: 0.10, 2: 0.19, 4: 0.37, 8: 
 
 
 def request(client: str, arrived_s: float = 0.0, deadline_s: float | None = None, size: tuple[int, int] = (32, 40), **options: Any) -> Request:
-    return Request(observation(size=size), options, Future(), client, arrived_s, arrived_s, deadline_s, 0)
+    seen = observation(size=size)
+    return Request(seen, options, form_of(seen, options), Future(), client, arrived_s, arrived_s, deadline_s, 0)
 
 
 def queue_of(times: dict[int, float], *requests: Request) -> Queue:
@@ -232,11 +233,14 @@ def test_deadlines_that_are_missed_are_counted_for_their_client(together: tuple[
     assert b'gr00t_deadlines_missed_total{client="127.0.0.1#' in server.service.figures.exposition()
 
 
-@pytest.mark.parametrize("network", ["n1.5", "n1.6", "n1.7"])
-def test_a_network_answers_several_clients_as_it_answers_each_alone(network: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("network", "engine", "batches"),
+    [("n1.5", "eager", 1), ("n1.6", "eager", 1), ("n1.7", "eager", 1), pytest.param("n1.5", "fused", 3, id="fused: equal prompts alone together")],
+)
+def test_a_network_answers_several_clients_as_it_answers_each_alone(network: Any, engine: str, batches: int, tmp_path: Path) -> None:
     """The real one, by its own table of times; noise and instructions of each client's own."""
     path = write_random_checkpoint(tmp_path, "tiny", "so100", network=network)
-    policy = load_policy(path, device="cpu", precision="fp32", engine="eager", seed=0)  # which computes unequal prompts together
+    policy = load_policy(path, device="cpu", precision="fp32", engine=engine, seed=0)
     generator = np.random.default_rng(0)
     calls = [
         {"observation": policy.example_observation(words), "noise": generator.standard_normal((1, *policy.chunk_shape), np.float32)}
@@ -250,7 +254,7 @@ def test_a_network_answers_several_clients_as_it_answers_each_alone(network: Any
     answers = [service.ask(call["observation"], number, noise=call["noise"]) for number, call in enumerate(calls)]
     answers[-1].add_done_callback(lambda _: service.stop())
     service.run()
-    assert service.status()["batches"] == 1
+    assert service.status()["batches"] == batches
     for answer, expected in zip(answers, alone, strict=True):
         for key, rows in answer.result().items():
             np.testing.assert_allclose(rows, expected[key], rtol=0, atol=1e-3)
