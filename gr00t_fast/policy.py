@@ -246,10 +246,6 @@ class Gr00tPolicy(Policy):
         """Trained horizon and padded action width: what `noise` has besides the batch."""
         return self.processor.chunk_shape
 
-    @property
-    def prompt_style(self) -> str:
-        return self.processor.prompts.style
-
     def describe(self) -> list[str]:
         """As `Policy.describe`."""
         return [f"{self.engine.name} on {self.device}", self.precision, f"{self.denoising_steps} denoising steps", *self.processor.describe()]

@@ -53,14 +53,11 @@ class TensorFile:
             else:
                 self.others[name] = header.get_dtype()
 
-    def close(self) -> None:
-        self._file.__exit__(None, None, None)
-
     def __enter__(self) -> TensorFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._file.__exit__(None, None, None)
 
     def read(self, name: str, row: int | None = None) -> Tensor:
         """A tensor of the file on the CPU, or one row (1, ...) of it: a view of the file, to be copied before the file is closed."""

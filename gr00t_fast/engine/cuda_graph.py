@@ -150,8 +150,8 @@ class CapturedGraph:
         self,
         work: Work,
         stream: torch.cuda.Stream,
-        upload: Work | None = None,
-        download: Work | None = None,
+        upload: Work = lambda: None,
+        download: Work = lambda: None,
         pool: tuple[int, int] | None = None,
     ) -> None:
         """Runs on `stream` and its GPU, which need not be the current one. upload, download: copies to and from pinned memory.
@@ -165,8 +165,7 @@ class CapturedGraph:
             stream.wait_stream(torch.cuda.current_stream(stream.device))
             with torch.cuda.stream(stream):
                 for _ in range(_CALLS_BEFORE_RECORDING):
-                    if upload is not None:
-                        upload()
+                    upload()
                     work()
             stream.synchronize()
             self._graph = torch.cuda.CUDAGraph()
@@ -177,11 +176,9 @@ class CapturedGraph:
     def launch(self) -> None:
         """Start; returns before it has run. Nothing launched before may still be under way."""
         with torch.cuda.stream(self.stream):
-            if self._upload is not None:
-                self._upload()
+            self._upload()
             self._graph.replay()
-            if self._download is not None:
-                self._download()
+            self._download()
             self._done.record(self.stream)
 
     def wait(self) -> None:
@@ -272,15 +269,11 @@ class StaticCall:
             host["known_weights"].copy_(continuation.weights)
 
     def compute(self) -> None:
-        given, inputs, dtype = self._inputs.device, self._model_inputs(), self._model.dtype
+        given, inputs = self._inputs.device, self._model_inputs()
         if not self._shape.continues:
-            self.actions.copy_(self._stages(inputs, self._constants, given["noise"].to(dtype), self._tables))
+            self.actions.copy_(self._stages(inputs, self._constants, given["noise"].to(self._model.dtype), self._tables))
             return
-        condition = self._stages.prepare(inputs, self._constants)
-
-        def velocity(actions: Tensor, step: int) -> Tensor:
-            return self._stages.velocity(actions.to(dtype), condition, self._tables.tau[step], self._tables.modulation[step])
-
+        velocity = self._tables.at_each(self._stages.velocity, self._stages.prepare(inputs, self._constants))
         continuation = Continuation(given["known_actions"], given["known_weights"])
         self.actions.copy_(denoise_towards(velocity, given["noise"], self._shape.denoising_steps, continuation))
 

@@ -99,11 +99,7 @@ class EagerEngine(Engine):
         with timer.stage("refine"):
             condition = self.condition(inputs, features)
         with timer.stage("denoise"):
-            tables = self.tables(denoising_steps)
-
-            def velocity(actions: Tensor, step: int) -> Tensor:
-                return self.velocity(actions.to(self.dtype), condition, tables.tau[step], tables.modulation[step])
-
+            velocity = self.tables(denoising_steps).at_each(self.velocity, condition)
             if continuation is None:
                 return integrate(velocity, noise.to(self.dtype), denoising_steps)
             return denoise_towards(velocity, noise, denoising_steps, continuation.to(self.device))

@@ -89,7 +89,7 @@ class ExportedEngine(Engine):
                 seen = self._call("vision", {"pixel_values": inputs.pixel_values[items]}, "tokens", *self.handed_on["vision"], batch=len(items))
             with timer.stage("language"):
                 places = inputs.image_positions if inputs.image_positions.dim() == 1 else inputs.image_positions[items[0]]  # of prompts as long
-                embeddings = self._embed([prompts[item] for item in items], places, seen.pop("tokens"))
+                embeddings = self.embed([prompts[item] for item in items], places, seen.pop("tokens"))
                 condition = self._call("language", {"embeddings": embeddings, **seen}, *self.handed_on["language"], batch=len(items))
             with timer.stage("denoise"):
                 fixed = {"state": inputs.state[items], **condition}
@@ -148,7 +148,7 @@ class ExportedEngine(Engine):
             )
         return ids.cpu()
 
-    def _embed(self, prompts: Sequence[Tensor], image_positions: Tensor, tokens: Tensor) -> Tensor:
+    def embed(self, prompts: Sequence[Tensor], image_positions: Tensor, tokens: Tensor) -> Tensor:
         """Embeddings (B, S, width) with the image tokens in their places."""
         return torch.cat([self._tables.embed(ids) for ids in prompts]).to(self.device).index_copy(1, image_positions, tokens)
 
@@ -208,11 +208,7 @@ class ExportTables:
                 f"denoising_steps={count}: this export holds tables for {', '.join(map(str, there))} steps. Choose one of them, or make "
                 f"the graphs again with gr00t-fast export onnx and --denoising_steps={count}, and what was made from them: {self._remedy}"
             )
-        return StepTables(*(self.read(f"{kind}.{count}") for kind in (TAU, MODULATION)))
-
-    def read(self, name: str = EMBEDDING) -> Tensor:
-        """A whole tensor."""
-        return self._file.read(name).clone()
+        return StepTables(*(self._file.read(f"{kind}.{count}").clone() for kind in (TAU, MODULATION)))
 
 
 ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"

@@ -31,7 +31,7 @@ from gr00t_fast.model.action_head import DIT_NORM_EPS, OUTPUT_NORM_EPS, ActionHe
 from gr00t_fast.model.config import QwenVisionConfig, Siglip2VisionConfig, VisionConfig
 from gr00t_fast.model.gr00t import prompt_rotary
 from gr00t_fast.model.language import QwenBlock, causal_attention, leaks
-from gr00t_fast.model.layers import PreNormBlock, merge_heads, rotary_tables, split_heads
+from gr00t_fast.model.layers import PreNormBlock, merge_heads, split_heads
 from gr00t_fast.model.siglip2 import joined_patches, patches_of
 from gr00t_fast.model.vision import PatchMerger, one_frame_patches, one_frame_weight
 
@@ -72,11 +72,7 @@ class Stages:
 
     def denoise(self, noise: Tensor, condition: Condition, tables: StepTables) -> Tensor:
         """As ActionHead.denoise."""
-
-        def velocity(actions: Tensor, step: int) -> Tensor:
-            return self.velocity(actions, condition, tables.tau[step], tables.modulation[step])
-
-        return integrate(velocity, noise, tables.steps, euler_step_in_one)
+        return integrate(tables.at_each(self.velocity, condition), noise, tables.steps, euler_step_in_one)
 
 
 @dataclass(frozen=True)
@@ -115,6 +111,8 @@ def folded_decoder(head: ActionHead) -> tuple[Tensor, Tensor]:
 
 
 class FusedModel(nn.Module):
+    dtype, device = Gr00t.dtype, Gr00t.device  # these properties are found in the same way here
+
     def __init__(self, model: Gr00t, join: bool = True) -> None:
         """The weights of `model` are moved into joined matrices: their values do not change. join=False: they stay where they are, for a CPU, which
         gains nothing by it."""
@@ -125,25 +123,14 @@ class FusedModel(nn.Module):
             self._pack()
         self.requires_grad_(False)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.language.embedding.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.language.embedding.weight.device
-
     def stages(self) -> Stages:
         return Stages(self.encode_vision, self.encode_language, self.refine, self.condition, self.velocity)
 
     @torch.no_grad()
     def constants(self, inputs: ModelInputs) -> Constants:
         """What depends on the shape of `inputs` and the places of its pictures alone."""
-        language, tokens, positions = self.config.language, inputs.input_ids.shape[1], inputs.image_positions
-        if language.mrope_sections is None:
-            cos, sin = rotary_tables(tokens, language.head_dim, language.rope_theta, self.language.embedding.weight)
-        else:
-            cos, sin = prompt_rotary(self.config, tokens, positions, inputs.pixel_values.shape[-2:], self.dtype)
+        tokens, positions = inputs.input_ids.shape[1], inputs.image_positions
+        cos, sin = prompt_rotary(self.config, tokens, positions, inputs.pixel_values.shape[-2:], self.language.embedding.weight)
         text = None if self.config.head.attend_text_every is None else other_positions(tokens, positions)
         return Constants(*signed(cos, sin), positions, text, self._of_patches(inputs.pixel_values))
 
@@ -339,7 +326,7 @@ def signed(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, N, T, K) by tables of `signed`."""
+    """x (B, N, T, K) by tables of `signed`: halves rotated against each other, as model.layers.rotate does."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
@@ -467,7 +454,5 @@ def normed_rotated(qkv: Tensor, heads: int, head_norm: Tensor, cos: Tensor, sin:
     width, kv_heads = cos.shape[-1], head_norm.shape[0] - heads
     qk, v = qkv.split(((heads + kv_heads) * width, kv_heads * width), dim=-1)
     qk = F.rms_norm(qk.reshape(*qk.shape[:2], -1, width), (width,), eps=eps) * head_norm  # (B, S, N + M, K)
-    qk = qk.transpose(1, 2)  # (B, N + M, S, K)
-    qk = torch.addcmul(qk * cos, qk.roll(width // 2, dims=-1), sin)  # halves rotated against each other, as model.layers.rotate does
-    q, k = qk.split((heads, kv_heads), dim=1)
+    q, k = _rotated(qk.transpose(1, 2), cos, sin).split((heads, kv_heads), dim=1)  # (B, N, S, K), (B, M, S, K)
     return q, k, split_heads(v, kv_heads)

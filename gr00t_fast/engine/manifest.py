@@ -66,15 +66,10 @@ class Target:
             **({} if embodiment.letterbox is None else {"letterbox": embodiment.letterbox.pads}),
         }
 
-    @property
-    def letterbox(self) -> str:
-        """As of `load_policy`."""
-        return self.checkpoint.letterbox
-
     def command(self, program: str, *flags: str) -> str:
         """The command line that makes an export for this target: `program` is the name that manifests record."""
         common = {"model_path": self.checkpoint.path, "embodiment_tag": self.embodiment_tag, "data_config": self.data_config_name}
-        common |= {} if self.letterbox == "auto" else {"letterbox": self.letterbox}
+        common |= {} if self.checkpoint.letterbox == "auto" else {"letterbox": self.checkpoint.letterbox}
         said = (f"--{name}={value}" for name, value in common.items() if value is not None)
         return shlex.join([*PROGRAMS.get(program, (program,)), *said, *flags])
 
@@ -266,7 +261,6 @@ def _without_later_fields(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 _CACHE_NAME = ".digests.json"
-_CHUNK_BYTES = 8 * 2**20
 _THREADS = 4  # hashlib releases the interpreter lock
 
 
@@ -319,11 +313,8 @@ def _stamp(file: Path) -> list[int]:
 
 
 def sha256(file: Path) -> str:
-    digest = hashlib.sha256()
     with open(file, "rb", buffering=0) as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sha256_of_json(value: object) -> str:

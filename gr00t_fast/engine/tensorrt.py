@@ -52,12 +52,12 @@ class TensorRTEngine(ExportedEngine):
         super().__init__(TensorRTStages(trt, directory, manifest, where, remedy), directory, manifest, remedy)
         self._lengths: set[int] = set()
 
-    def _embed(self, prompts: Sequence[Tensor], image_positions: Tensor, tokens: Tensor) -> Tensor:
+    def embed(self, prompts: Sequence[Tensor], image_positions: Tensor, tokens: Tensor) -> Tensor:
         """As ExportedEngine's; says when a prompt has a length that was not met before, for which the library compiles."""
         if (length := len(prompts[0])) not in self._lengths:
             tell_new(log, self, f"{length} prompt tokens")
             self._lengths.add(length)
-        return super()._embed(prompts, image_positions, tokens)
+        return super().embed(prompts, image_positions, tokens)
 
 
 class TensorRTStages:
@@ -195,7 +195,8 @@ class LoadedStage:
             varying += [name] if -1 in built else []
         for index in range(self._engine.num_optimization_profiles):
             limits = {name: self._engine.get_tensor_profile_shape(name, index) for name in varying}
-            if all(_within(shapes[name], least, most) for name, (least, _, most) in limits.items()):
+            bounds = [each for name, (least, _, most) in limits.items() for each in zip(least, shapes[name], most, strict=True)]
+            if all(low <= size <= high for low, size, high in bounds):
                 return index
         return None
 
@@ -212,7 +213,3 @@ class LoadedStage:
             return
         with contextlib.suppress(OSError), atomic_write(self._cache_file) as file:
             file.write_bytes(memoryview(self._cache.serialize()))
-
-
-def _within(shape: tuple[int, ...], least: Any, most: Any) -> bool:
-    return all(low <= size <= high for low, size, high in zip(tuple(least), shape, tuple(most), strict=True))

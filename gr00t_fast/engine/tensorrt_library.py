@@ -52,10 +52,6 @@ def load(name: str) -> ModuleType:
         ) from error
 
 
-def version_of(trt: ModuleType) -> str:
-    return str(trt.__version__)
-
-
 def strongly_typed(trt: ModuleType) -> int:
     """Flags of a network whose types are those of the ONNX file; TensorRT 11 knows no other kind."""
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)

@@ -41,7 +41,7 @@ from gr00t_fast.model import Condition, Gr00t, ModelInputs, StepTables
 from gr00t_fast.model.action_head import DIT_NORM_EPS, OUTPUT_NORM_EPS, Context, context_of, euler_step
 from gr00t_fast.model.config import ModelConfig, QwenVisionConfig, Siglip2VisionConfig, VisionConfig
 from gr00t_fast.model.gr00t import prompt_rotary
-from gr00t_fast.model.layers import Rotary, SelfAttention, merge_heads, rotary_tables, rotate, split_heads
+from gr00t_fast.model.layers import Rotary, SelfAttention, merge_heads, rotate, split_heads
 from gr00t_fast.model.siglip2 import joined_patches, patches_of
 from gr00t_fast.model.vision import one_frame_patches, one_frame_weight
 
@@ -246,7 +246,8 @@ class LanguageGraph(nn.Module):
         self.keys_values = nn.ModuleDict(
             {context: _keys_then_values([dit.blocks[index].attention.kv for index in indices]) for context, indices in crossing.items()}
         )
-        cos, sin = _prompt_tables(config, layout, language.blocks[0].norm1.weight)
+        places = torch.tensor([place for first, behind in layout.spans for place in range(first, behind)], dtype=torch.int64)  # (V,)
+        cos, sin = prompt_rotary(config, layout.max_tokens, places, (layout.height, layout.width), language.blocks[0].norm1.weight)
         self.register_buffer("cos", cos)
         self.register_buffer("sin", sin)
         self.register_buffer("positions", torch.arange(layout.max_tokens))
@@ -310,15 +311,6 @@ def _keys_then_values(layers: Sequence[nn.Linear]) -> MatMulLinear:
     biases = zip(*(layer.bias.chunk(2) for layer in layers), strict=True)
     weight = torch.cat([part for parts in weights for part in parts])
     return MatMulLinear(weight.t(), torch.cat([part for parts in biases for part in parts]))
-
-
-def _prompt_tables(config: ModelConfig, layout: Layout, like: Tensor) -> Rotary:
-    """cos and sin (max_tokens, K)."""
-    language = config.language
-    if language.mrope_sections is None:
-        return rotary_tables(layout.max_tokens, language.head_dim, language.rope_theta, like)
-    image_positions = torch.cat([torch.arange(first, behind) for first, behind in layout.spans])  # (V,)
-    return prompt_rotary(config, layout.max_tokens, image_positions, (layout.height, layout.width), like.dtype)
 
 
 def _grouped_query_attention(attention: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:

@@ -177,12 +177,8 @@ class Graph:
     def array(self, name: str) -> np.ndarray:
         """An initializer's values in fp32."""
         tensor = self.onnx.TensorProto()
-        tensor.CopyFrom(self.initializers[name])
-        helper = self.onnx.external_data_helper
-        if helper.uses_external_data(tensor):
-            helper.load_external_data_for_tensor(tensor, str(self.path.parent))
-            tensor.data_location = self.onnx.TensorProto.DEFAULT
-        return self.onnx.numpy_helper.to_array(tensor).astype(np.float32)
+        tensor.CopyFrom(self.initializers[name])  # older libraries leave the data in the tensor that they read
+        return self.onnx.numpy_helper.to_array(tensor, str(self.path.parent)).astype(np.float32)
 
     def linear_layers(self) -> list[LinearLayer]:
         """In the order of execution."""

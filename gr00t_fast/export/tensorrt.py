@@ -90,7 +90,7 @@ def build_engines(onnx: Path, source: Manifest, options: BuildOptions, command: 
             os.link(onnx / TABLES_NAME, directory / TABLES_NAME)
         except OSError:
             shutil.copyfile(onnx / TABLES_NAME, directory / TABLES_NAME)
-        version = library.version_of(library.load(builder))
+        version = str(library.load(builder).__version__)
         manifest = replace(
             source,
             kind=KIND,
@@ -200,7 +200,7 @@ def build(onnx: Path, engine: Path, builder_name: str, capabilities: Sequence[st
         "build_s": round(built_s - parsed_s, 2),
         "warnings": sorted({message for severity, message in log.lines if severity == "WARNING"}),
         "peak_memory_bytes": peak_rss_bytes(),
-        "version": library.version_of(trt),
+        "version": str(trt.__version__),
     }
 
 

@@ -46,15 +46,14 @@ def verify(options: VerifyOptions) -> dict[str, Any]:
     directory = options.engine_path or checkpoint.path / "exports" / options.engine
     size = open_engine(options.engine, directory, target, options.device, options.precision).camera_size  # refused now rather than in ten minutes
     steps = options.denoising_steps or checkpoint.config.head.denoising_steps
-    tables = ExportTables(directory, target.command("to_onnx.py"))
-    tables.steps(steps)
+    ExportTables(directory, target.command("to_onnx.py")).steps(steps)
     noise_seed = (options.seed, 1)  # not the noise of the calibration
     cases, source = collect_cases(target, options, noise_seed, LEAST_VERIFIED, size)
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.out, prefix=".reference-") as work:
         record_reference(target, cases, steps, Path(work))
         engine = open_engine(options.engine, directory, target, options.device, options.precision)
-        judged = compare(engine, tables.embed, cases, steps, Path(work), options.limit)
+        judged = compare(engine, cases, steps, Path(work), options.limit)
     facts = {"program": "verify", "engine": options.engine, "device": str(engine.device), "denoising_steps": steps, "source": source}
     result = {**facts, **judged, **provenance(), "seed": options.seed}
     written(options.out, "verify", result, f"{verification_table(result)}\n\n{verification_verdict(result)}")
@@ -110,7 +109,7 @@ def collect_cases(
     """Observations, each with noise of its own, and a description of them with their digest. least: as for `gr00t_fast.inputs.dataset.draw`.
     camera_size: of synthetic frames, where the checkpoint does not say. Raises ConfigError for a source that does not fit."""
     reading = {"data_config": target.data_config, "processor_path": options.processor_path, "prompt_style": options.prompt_style}
-    policy = transforms_only(target.checkpoint.path, embodiment_tag=target.embodiment_tag, letterbox=target.letterbox, **reading)
+    policy = transforms_only(target.checkpoint.path, embodiment_tag=target.embodiment_tag, letterbox=target.checkpoint.letterbox, **reading)
     sizes = {camera: size or camera_size for camera, size in policy.metadata.resolutions.items()}
     source, metadata = options.observations or SYNTHETIC, replace(policy.metadata, resolutions=sizes)
     opened = open_frames(source, target.data_config, metadata, options.camera_map)
@@ -185,23 +184,16 @@ def record_reference(target: Target, cases: Sequence[Case], steps: int, director
             tick()
 
 
-def compare(
-    engine: ExportedEngine,
-    embed: Callable[[Tensor], Tensor],
-    cases: Sequence[Case],
-    steps: int,
-    directory: Path,
-    limit: float | None,
-) -> dict[str, Any]:
-    """The engine over the cases of `record_reference`: what `judged` says of it. `embed`: `ExportTables.embed` of the export. `limit`: p99 in joint
-    units, None: that of the coarsest number format that the engine computes in."""
+def compare(engine: ExportedEngine, cases: Sequence[Case], steps: int, directory: Path, limit: float | None) -> dict[str, Any]:
+    """The engine over the cases of `record_reference`: what `judged` says of it. `limit`: p99 in joint units, None: that of the coarsest number
+    format that the engine computes in."""
     stages: dict[str, list[float]] = {}
     truth, chained, alone = list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
     with progress_bar(f"engine {engine.name}", len(cases)) as tick, torch.inference_mode():
         for index, case in enumerate(cases):
             inputs, plain = case.inputs.to(engine.device, engine.dtype), torch.load(directory / f"{index}.pt")
             got = engine.run(inputs, case.noise.to(engine.device), steps, StageTimer(engine.synchronise))
-            outputs = _stage_outputs(engine, embed, inputs, case.noise, steps, plain)
+            outputs = _stage_outputs(engine, inputs, case.noise, steps, plain)
             for name, value in outputs.items():
                 stages.setdefault(name, []).append(relative_l2(value, plain[name]))
             for kept, actions in ((truth, plain["actions"]), (chained, got), (alone, outputs["actions"])):
@@ -233,17 +225,14 @@ def _in_batches(engine: ExportedEngine, cases: Sequence[Case], alone: Sequence[n
     return found
 
 
-def _stage_outputs(
-    engine: ExportedEngine, embed: Callable[[Tensor], Tensor], inputs: ModelInputs, noise: Tensor, steps: int, plain: Outputs
-) -> dict[str, Tensor]:
+def _stage_outputs(engine: ExportedEngine, inputs: ModelInputs, noise: Tensor, steps: int, plain: Outputs) -> dict[str, Tensor]:
     """Outputs of vision and language, and the actions of all denoising steps (1, H, A); each stage is fed with the plain model's."""
     place = {"device": engine.device, "dtype": engine.dtype}
 
     def handed_on(stage: str) -> dict[str, Tensor]:
         return {name: plain[name].to(**place) for name in engine.handed_on[stage]}
 
-    text = embed(inputs.input_ids[0].cpu()).to(engine.device)
-    embeddings = text.index_copy(1, inputs.image_positions, plain["tokens"].to(**place))
+    embeddings = engine.embed([inputs.input_ids[0].cpu()], inputs.image_positions, plain["tokens"].to(**place))
     given = {"vision": {"pixel_values": inputs.pixel_values.contiguous()}, "language": {"embeddings": embeddings, **handed_on("vision")}}
     found: dict[str, Tensor] = {}
     for stage, tensors in given.items():

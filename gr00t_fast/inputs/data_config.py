@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.abc import Loader, MetaPathFinder
@@ -125,7 +126,7 @@ def _from_user_class(spec: str) -> DataConfig:
         sys.path.insert(0, str(Path.cwd()))
     if not module_name or not class_name or module_name.startswith("."):
         raise ConfigError(f"data_config '{spec}': expected 'module:ClassName', e.g. my_config:MyRobot.")
-    with stand_ins(_published(), module_name.split(".")[0]):
+    with stand_ins(module_name.split(".")[0]):
         try:
             module = importlib.import_module(module_name)
         except ImportError as error:
@@ -155,19 +156,13 @@ def _from_object(source: Any, spec: str) -> DataConfig:
         return source
     for_nvidia = hasattr(source, "transform")
     try:
-        return _from_steps(source) if for_nvidia else _from_key_lists(source)
+        return read_steps(source) if for_nvidia else _from_key_lists(source)
     except ConfigError as error:
         what = str(error).removeprefix("data config: ").rstrip(".")
         raise ConfigError(f"data_config '{spec}': {what}.{f' {_REMEDY}' if for_nvidia else ''}") from error
     except Exception as error:  # a transform() may do anything
         what = "what its modality_config() and transform() do cannot be read without NVIDIA's gr00t package" if for_nvidia else "cannot be read"
         raise ConfigError(f"data_config '{spec}': {what} ({type(error).__name__}: {error}). {_bare(source)}") from error
-
-
-def _from_steps(source: Any) -> DataConfig:
-    fields = read_steps(source)
-    modes = {key: mode for key, mode in fields.pop("normalisation").items() if mode != DEFAULT_NORMALISATION}
-    return DataConfig(**fields, normalisation=modes)
 
 
 def _from_key_lists(source: Any) -> DataConfig:
@@ -296,9 +291,6 @@ class _Package(ModuleType):
 
 
 class _Finder(MetaPathFinder, Loader):
-    def __init__(self, published: Mapping[str, Any]) -> None:
-        self._published = published
-
     def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
         return ModuleSpec(name, self, is_package=True) if name.split(".")[0] == _PACKAGE else None
 
@@ -307,20 +299,20 @@ class _Finder(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         if module.__name__ == _CONFIG_MODULE:
-            vars(module).update(self._published, BaseDataConfig=BaseDataConfig)
+            vars(module).update(_published(), BaseDataConfig=BaseDataConfig)
 
 
 @contextmanager
-def stand_ins(published: Mapping[str, Any], user_package: str) -> Iterator[None]:
+def stand_ins(user_package: str) -> Iterator[None]:
     """Inside, `gr00t` and its modules are stand-ins, installed or not: the real ones load a tokenizer and pytorch3d, and reading needs neither.
 
-    published: names of gr00t.experiment.data_config besides BaseDataConfig. Afterwards the stand-ins and the modules of `user_package` that
-    were imported with them are forgotten. A process that has imported the real `gr00t` keeps it: its objects have the same attributes.
+    Afterwards the stand-ins and the modules of `user_package` that were imported with them are forgotten. A process that has imported the real
+    `gr00t` keeps it: its objects have the same attributes.
     """
     if _PACKAGE in sys.modules:
         yield
         return
-    finder, before = _Finder(published), set(sys.modules)
+    finder, before = _Finder(), set(sys.modules)
     sys.meta_path.insert(0, finder)
     try:
         yield
@@ -333,8 +325,8 @@ def stand_ins(published: Mapping[str, Any], user_package: str) -> Iterator[None]
                     del sys.modules[name]
 
 
-def read_steps(source: Any) -> dict[str, Any]:
-    """Fields of a DataConfig from an object with NVIDIA's `modality_config()` and `transform()`.
+def read_steps(source: Any) -> DataConfig:
+    """From an object with NVIDIA's `modality_config()` and `transform()`.
 
     Raises ConfigError that names the first setting or step which is not what this library computes.
     """
@@ -350,12 +342,14 @@ def read_steps(source: Any) -> dict[str, Any]:
         raise ConfigError(f"its transform() is expected to end with one {_CONCAT} and one {_MODEL}")
     orders = _orders(steps[-2], keys)
     _check_model_step(steps[-1], len(action_indices))
-    return {
-        **{f"{modality}_keys": tuple(order) for modality, order in orders.items()},
-        "language_key": keys["language"][0],
-        "action_indices": tuple(action_indices),
-        "normalisation": modes,
-    }
+    return DataConfig(
+        video_keys=tuple(orders["video"]),
+        state_keys=tuple(orders["state"]),
+        action_keys=tuple(orders["action"]),
+        language_key=keys["language"][0],
+        action_indices=tuple(action_indices),
+        normalisation={key: mode for key, mode in modes.items() if mode != DEFAULT_NORMALISATION},
+    )
 
 
 def _modalities(config: Mapping[str, Any]) -> tuple[dict[str, list[str]], list[int]]:
@@ -375,11 +369,13 @@ def check_present_only(observation_indices: Sequence[int]) -> None:
         raise ConfigError(f"observation_indices {list(observation_indices)} are not supported (a history of observations); expected [0]")
 
 
-def _settings(given: Any) -> dict[str, Any]:
-    """What a step was made with; of a real one, which is a pydantic model, what differs from its class's defaults."""
-    if isinstance(given, Step):
-        return dict(vars(given))
-    return {name: getattr(given, name) for name in given.model_fields_set}
+def _settings(given: Any, understood: AbstractSet[str] | None = None) -> dict[str, Any]:
+    """What a step was made with; of a real one, which is a pydantic model, what differs from its class's defaults. Raises ConfigError for others than
+    those `understood`; None: any."""
+    settings = dict(vars(given)) if isinstance(given, Step) else {name: getattr(given, name) for name in given.model_fields_set}
+    if understood is not None and (other := sorted(set(settings) - understood - {"training"})):
+        raise ConfigError(f"its {type(given).__name__} has {', '.join(other)}, which is not supported")
+    return settings
 
 
 def _check_pictures(steps: Sequence[tuple[str, Any]], keys: Sequence[str]) -> None:
@@ -405,9 +401,7 @@ def _modes(steps: Sequence[tuple[str, Any]], keys: Mapping[str, Sequence[str]]) 
     """Key -> mode; "none" for a part that no step normalises, as the reference has it."""
     modes: dict[str, str] = {}
     for name, each in steps:
-        settings = _settings(each)
-        if other := sorted(set(settings) - _JOINT_STEPS[name] - {"training"}):
-            raise ConfigError(f"its {name} has {', '.join(other)}, which is not supported")
+        settings = _settings(each, _JOINT_STEPS[name])
         if rotations := settings.get("target_rotations"):
             raise ConfigError(
                 f"its {name} has target_rotations ({', '.join(f'{key} to {to}' for key, to in rotations.items())}); rotations are not supported"
@@ -423,9 +417,7 @@ def _modes(steps: Sequence[tuple[str, Any]], keys: Mapping[str, Sequence[str]]) 
 
 def _orders(concat: Any, keys: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     """The order in which pictures and parts reach the network is the concatenation's, not modality_config's."""
-    settings = _settings(concat)
-    if other := sorted(set(settings) - {*_ORDERS.values(), "apply_to", "training"}):
-        raise ConfigError(f"its {_CONCAT} has {', '.join(other)}, which is not supported")
+    settings = _settings(concat, {*_ORDERS.values(), "apply_to"})
     orders = {modality: list(settings.get(name) or ()) for modality, name in _ORDERS.items()}
     for modality, order in orders.items():
         if sorted(order) != sorted(keys[modality]):
@@ -436,9 +428,7 @@ def _orders(concat: Any, keys: Mapping[str, Sequence[str]]) -> dict[str, list[st
 
 
 def _check_model_step(model: Any, actions: int) -> None:
-    settings = _settings(model)
-    if other := sorted(set(settings) - _MODEL_SETTINGS - {"training"}):
-        raise ConfigError(f"its {_MODEL} has {', '.join(other)}, which is not supported")
+    settings = _settings(model, _MODEL_SETTINGS)
     for name, expected in (("state_horizon", 1), ("action_horizon", actions)):
         if settings.get(name, expected) != expected:
             raise ConfigError(f"its {_MODEL} has {name}={settings[name]}, but modality_config() has {expected}")

@@ -6,7 +6,7 @@ Axis alphabet: B batch, T times, H and W height and width, D joint values.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -244,12 +244,8 @@ def nested_observation(observation: Mapping[str, Any]) -> tuple[dict[str, dict[s
             array = np.asarray(value, np.float32) if modality == "state" else np.asarray(value)
             nested[modality][name] = array if batched else array[None]
         else:
-            nested["language"][key] = [[str(text)] for text in ([value] if isinstance(value, str) else _texts(value))]
+            nested["language"][key] = [[str(text)] for text in ([value] if isinstance(value, str) else np.ravel(value).tolist())]
     return nested, batched
-
-
-def _texts(value: Any) -> Sequence[Any]:
-    return np.asarray(value).ravel().tolist()
 
 
 def nested_actions(actions: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

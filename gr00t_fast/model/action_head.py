@@ -130,6 +130,10 @@ class StepTables:
     def steps(self) -> int:
         return self.tau.shape[0]
 
+    def at_each(self, velocity: Callable[[Tensor, Condition, Tensor, Tensor], Tensor], condition: Condition) -> Velocity:
+        """`velocity`, with arguments as ActionHead's, at the times of the steps. Actions may come in any number format."""
+        return lambda actions, step: velocity(actions.to(self.modulation.dtype), condition, self.tau[step], self.modulation[step])
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -238,7 +242,7 @@ class ActionHead(nn.Module):
 
     def denoise(self, noise: Tensor, condition: Condition, tables: StepTables) -> Tensor:
         """noise (B, H, A) -> normalised actions (B, H, A)."""
-        return integrate(lambda actions, step: self.velocity(actions, condition, tables.tau[step], tables.modulation[step]), noise, tables.steps)
+        return integrate(tables.at_each(self.velocity, condition), noise, tables.steps)
 
 
 def other_positions(tokens: int, positions: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from gr00t_fast.model.action_head import ActionHead, StepTables
 from gr00t_fast.model.config import ModelConfig, QwenVisionConfig, Siglip2VisionConfig, VisionConfig
 from gr00t_fast.model.language import LanguageModel, mrope_tables, prompt_positions
-from gr00t_fast.model.layers import Rotary, put_rows
+from gr00t_fast.model.layers import Rotary, put_rows, rotary_tables
 from gr00t_fast.model.siglip2 import Siglip2Tower
 from gr00t_fast.model.vision import QwenVisionTower, VisionTower, pixels_of
 
@@ -56,13 +56,16 @@ class ModelInputs:
         return None if self.prompt_mask is None else self.prompt_mask[:, None, None, :]
 
 
-def prompt_rotary(config: ModelConfig, tokens: int, image_positions: Tensor, picture: Sequence[int], dtype: torch.dtype) -> Rotary:
-    """cos and sin (tokens, K) of prompts with image tokens at image_positions (V,), of pictures of (height, width) pixels each. The prompts of a
-    batch have their pictures in the same places, so they share positions; so do prompts of other lengths."""
+def prompt_rotary(config: ModelConfig, tokens: int, image_positions: Tensor, picture: Sequence[int], like: Tensor) -> Rotary:
+    """cos and sin (tokens, K) of prompts with image tokens at image_positions (V,), of pictures of (height, width) pixels each, in `like`'s dtype and
+    device: of positions 0, 1, ... tokens - 1, or on three axes (`mrope_sections`). The prompts of a batch have their pictures in the same places, so
+    they share positions; so do prompts of other lengths."""
     language, side = config.language, config.vision.token_side
+    if language.mrope_sections is None:
+        return rotary_tables(tokens, language.head_dim, language.rope_theta, like)
     rows, columns = (pixels // side for pixels in picture)
     positions = prompt_positions(tokens, image_positions, rows, columns)
-    return mrope_tables(positions, language.head_dim, language.rope_theta, language.mrope_sections, dtype)  # type: ignore[arg-type]
+    return mrope_tables(positions, language.head_dim, language.rope_theta, language.mrope_sections, like.dtype)
 
 
 class Gr00t(nn.Module):
@@ -90,11 +93,10 @@ class Gr00t(nn.Module):
         tokens = self.vision(pixel_values.flatten(0, 1))  # ([1 + deepstack,] B C, T, D)
         return tokens.reshape(*tokens.shape[:-3], pixel_values.shape[0], -1, tokens.shape[-1])
 
-    def rotary(self, inputs: ModelInputs) -> Rotary | None:
-        """Tables of the prompt's positions, where they are others than 0, 1, ... S - 1."""
-        if self.config.language.mrope_sections is None:
-            return None
-        return prompt_rotary(self.config, inputs.input_ids.shape[1], inputs.image_positions, inputs.pixel_values.shape[-2:], self.dtype)
+    def rotary(self, inputs: ModelInputs) -> Rotary:
+        """Tables of the prompt's positions."""
+        like = self.language.embedding.weight
+        return prompt_rotary(self.config, inputs.input_ids.shape[1], inputs.image_positions, inputs.pixel_values.shape[-2:], like)
 
     def encode_language(self, inputs: ModelInputs, vision_tokens: Tensor) -> Tensor:
         """Put the image tokens in their places in the prompt and run the decoder: -> backbone features (B, S, D)."""

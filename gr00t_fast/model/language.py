@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gr00t_fast.model.config import LanguageConfig
-from gr00t_fast.model.layers import Rotary, merge_heads, rotary_frequencies, rotary_tables, rotate, split_heads, tables_of
+from gr00t_fast.model.layers import Rotary, merge_heads, rotary_frequencies, rotate, split_heads, tables_of
 
 
 class GroupedQueryAttention(nn.Module):
@@ -85,19 +85,15 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList(QwenBlock(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if config.final_norm else nn.Identity()
 
-    def forward(
-        self, token_embeddings: Tensor, rotary: Rotary | None = None, deepstack: Sequence[Tensor] = (), image_positions: Tensor | None = None
-    ) -> Tensor:
-        """token_embeddings (B, S, D) -> features (B, S, D): `hidden_states[select_layer]` of the reference.
+    def forward(self, x: Tensor, rotary: Rotary, deepstack: Sequence[Tensor] = (), image_positions: Tensor | None = None) -> Tensor:
+        """x, token embeddings (B, S, D) -> features (B, S, D): `hidden_states[select_layer]` of the reference.
 
-        rotary: tables of other positions than 0, 1, ... S - 1. deepstack: (B, V, D) each, the first added to the tokens at image_positions (V,)
-        behind the first layer, and so on. Prompts of unequal length are padded on the right: attention is causal, so no real token ever sees
-        padding, and positions need no shift.
+        rotary: tables of the positions. deepstack: (B, V, D) each, the first added to the tokens at image_positions (V,) behind the first layer, and
+        so on. Prompts of unequal length are padded on the right: attention is causal, so no real token ever sees padding, and positions need no
+        shift.
         """
-        config, x = self.config, token_embeddings
-        cos, sin = rotary_tables(x.shape[1], config.head_dim, config.rope_theta, x) if rotary is None else rotary
         for index, block in enumerate(self.blocks):
-            x = block(x, cos, sin)
+            x = block(x, *rotary)
             if index < len(deepstack):
                 x = x.index_add(1, image_positions, deepstack[index])
         return self.norm(x)

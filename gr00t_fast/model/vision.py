@@ -120,11 +120,7 @@ class QwenVisionTower(nn.Module):
 
     def embed(self, pixel_values: Tensor) -> Tensor:
         """(I, 3, h, w) -> patches with their positions (I, T, D)."""
-        return self.patch_embedding(self.patches(pixel_values)) + self.positions(*self.grid_of(pixel_values))
-
-    def patches(self, pixel_values: Tensor) -> Tensor:
-        """(I, 3, h, w) -> (I, T, 3 x frames x patch x patch)."""
-        return patches_of(pixel_values, self.config)
+        return self.patch_embedding(patches_of(pixel_values, self.config)) + self.positions(*self.grid_of(pixel_values))
 
     def positions(self, rows: int, columns: int) -> Tensor:
         """(T, D): the learnt grid, interpolated bilinearly, corners aligned."""

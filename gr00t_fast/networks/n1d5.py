@@ -60,7 +60,7 @@ _HEAD_SIZES = {
     "denoising_steps": "num_inference_timesteps",
     "timestep_buckets": "num_timestep_buckets",
 }
-_VISION_SIZES = {
+VISION_SIZES = {
     **{name: name for name in ("hidden_size", "intermediate_size", "patch_size", "image_size")},
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
@@ -168,7 +168,7 @@ def read_config(config: Mapping[str, Any], eagle: Mapping[str, Any]) -> ModelCon
 
 def _vision(section: Section) -> VisionConfig:
     section.refuse_other({"hidden_act": ("gelu_pytorch_tanh", "gelu_pytorch_tanh"), "num_channels": (3, 3)})
-    vision = VisionConfig(**section.wholes(_VISION_SIZES), layer_norm_eps=section.positive("layer_norm_eps", 1e-6))
+    vision = VisionConfig(**section.wholes(VISION_SIZES), layer_norm_eps=section.positive("layer_norm_eps", 1e-6))
     conditions = {
         "hidden_size is a multiple of num_attention_heads": vision.hidden_size % vision.num_heads == 0,
         f"image_size is at least patch_size and gives at most {_MOST_VISION_TOKENS} patches": 0 < vision.tokens <= _MOST_VISION_TOKENS,

@@ -82,11 +82,7 @@ PUBLISHED_BACKBONE: dict[str, Any] = {
     },
     "text_config": {"model_type": "qwen3", **n1d5.PUBLISHED_EAGLE["text_config"]},
 }
-_VISION_SIZES = {
-    **{name: name for name in ("hidden_size", "intermediate_size", "patch_size")},
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-}
+_VISION_SIZES = {field: key for field, key in n1d5.VISION_SIZES.items() if field != "image_size"}
 
 
 def read_config(config: Mapping[str, Any], backbone: Mapping[str, Any]) -> ModelConfig:
@@ -190,10 +186,6 @@ def read_files(path: Path, config: Mapping[str, Any], sizes: ModelConfig, letter
 _PADDING_ID = 151643  # Qwen's <|endoftext|>
 
 
-def images(embodiment: Embodiment, config: ModelConfig) -> FitImages:
-    return FitImages(embodiment, config.vision.token_side, BY_EAGLE)
-
-
 def render_prompt(instruction: str, images: int, tokens: int) -> str:
     """Eagle 3's chat template: the text first, and nothing between it and the first picture."""
     blocks = "".join(f"<image {k}><img>{IMAGE_TOKEN * tokens}</img>" for k in range(1, images + 1))
@@ -237,7 +229,7 @@ N1D6 = NetworkSpec(
     weights=WEIGHTS,
     unused_weights=UNUSED,
     read_files=read_files,
-    images=images,
+    images=lambda embodiment, config: FitImages(embodiment, config.vision.token_side, BY_EAGLE),
     prompt=PROMPT,
     reference_inputs=reference_inputs,
     download=(BACKBONE_FILE, *PROCESSOR_FILES, *(f"{SUBDIRECTORY}/{file}" for file in PROCESSOR_FILES), *n1d7.TRAINING_FILES),

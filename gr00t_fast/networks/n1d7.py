@@ -667,14 +667,8 @@ def _statistics_of(modality: str, parts: Mapping[str, Any], needed: Iterable[str
     return {part: part_statistics(f"{modality}.{part}", values, 2 if modality == "relative_action" else 1) for part, values in parts.items()}
 
 
-def _directory(checkpoint: Path) -> Path:
-    """Where the processor's files are: the root wins."""
-    inside = checkpoint / SUBDIRECTORY
-    return inside if not (checkpoint / PROCESSOR_FILE).exists() and (inside / PROCESSOR_FILE).exists() else checkpoint
-
-
 def read_files(path: Path, config: Mapping[str, Any], sizes: ModelConfig, letterbox: str) -> ProcessorFiles:
-    directory = _directory(path)
+    directory = next((each for each in (path, path / SUBDIRECTORY) if (each / PROCESSOR_FILE).exists()), path)  # the root wins
     rows = directory / EMBODIMENT_FILE  # without one the reference has its own table
     processor, statistics = read_object(directory / PROCESSOR_FILE), read_object(directory / STATISTICS_FILE, nan=True)
     decided, history = letterbox_of(path, processor, letterbox), config.get("state_history_length", 1)
@@ -685,10 +679,6 @@ def read_files(path: Path, config: Mapping[str, Any], sizes: ModelConfig, letter
 
 IMAGE_TOKEN = "<|image_pad|>"
 _PADDING_ID = 151643  # Qwen's <|endoftext|>
-
-
-def images(embodiment: Embodiment, config: ModelConfig) -> FitImages:
-    return FitImages(embodiment, config.vision.token_side, BY_QWEN)
 
 
 def render_prompt(instruction: str, images: int, tokens: int) -> str:
@@ -732,7 +722,7 @@ N1D7 = NetworkSpec(
     weights=WEIGHTS,
     unused_weights=UNUSED,
     read_files=read_files,
-    images=images,
+    images=lambda embodiment, config: FitImages(embodiment, config.vision.token_side, BY_QWEN),
     prompt=PROMPT,
     reference_inputs=reference_inputs,
     download=(BACKBONE_FILE, *PROCESSOR_FILES, *(f"{SUBDIRECTORY}/{file}" for file in PROCESSOR_FILES), *TRAINING_FILES),

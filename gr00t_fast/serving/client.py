@@ -11,7 +11,6 @@ import itertools
 import math
 import threading
 import time
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -42,7 +41,7 @@ _LEAST_DEADLINE_S = 1e-3  # of a chunk that should be there already
 _CODES_OF_TEXTS = {UNAUTHORISED_TEXT: ServerError.UNAUTHORISED, UNKNOWN_ENDPOINT_TEXT: ServerError.UNKNOWN_ENDPOINT}
 
 
-class PolicyClient(Policy):
+class PolicyClient(Policy, contextlib.AbstractContextManager["PolicyClient"]):
     """A policy on a server. One thread may call it at a time, and any may close it. Close it, or use it as a context manager."""
 
     continues = True  # as far as the server does: another one refuses
@@ -179,10 +178,7 @@ class PolicyClient(Policy):
         if hasattr(self, "_in_use"):
             self.close()  # the garbage collector would close the sockets in an order that can block for ever, see _drop_socket
 
-    def __enter__(self) -> PolicyClient:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _call_extension(self, endpoint: str) -> Any:

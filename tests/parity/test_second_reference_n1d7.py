@@ -26,6 +26,7 @@ from torch import Tensor
 from benchmarks.lib.reference_n1d7 import SecondReferenceN1d7
 from gr00t_fast.model import Gr00t, ModelInputs
 from gr00t_fast.model.language import prompt_positions
+from gr00t_fast.model.vision import patches_of
 
 for _package in ("transformers", "diffusers", "lerobot.policies.groot.groot_n1_7"):
     pytest.importorskip(_package, reason="needs lerobot 0.6 (Python 3.12) with its `groot` extra", exc_type=ImportError)
@@ -71,7 +72,7 @@ def _stages(model: Gr00t, inputs: ModelInputs, noise: Tensor) -> list[Tensor]:
 def _stages_of_reference(reference: SecondReferenceN1d7, shape: str, model: Gr00t, inputs: ModelInputs, noise: Tensor, given=None) -> list[Tensor]:
     """Each stage of the reference, from `given` (our stages) or, when None, from its own."""
     sizes, _, grid = SHAPES[shape]
-    patches = model.vision.patches(inputs.pixel_values.flatten(0, 1)).flatten(0, 1)
+    patches = patches_of(inputs.pixel_values.flatten(0, 1), model.vision.config).flatten(0, 1)
     vision = reference.encode_vision(patches, grid)
     backbone = reference.encode_language(inputs.input_ids, patches, grid, given[0].flatten(1, 2) if given else None)
     vl = reference.refine((given[1] if given else backbone).clone())
@@ -96,7 +97,7 @@ def test_positions_are_equal(checkpoints: dict[str, Path], shape: str) -> None:
     model, reference = load_network(checkpoints[shape]), SecondReferenceN1d7(checkpoints[shape])
     inputs, _ = _inputs(model, shape, 2)
     rows, columns = SHAPES[shape][2]
-    patches = model.vision.patches(inputs.pixel_values.flatten(0, 1)).flatten(0, 1)
+    patches = patches_of(inputs.pixel_values.flatten(0, 1), model.vision.config).flatten(0, 1)
     ours = prompt_positions(inputs.input_ids.shape[1], inputs.image_positions, rows // 2, columns // 2)
     assert torch.equal(ours[:, None].expand(-1, 2, -1), reference.positions(inputs.input_ids, patches, (rows, columns)))
 
@@ -130,7 +131,7 @@ def test_deepstack_behind_the_last_layer_is_missing_there(tmp_path: Path) -> Non
     model, reference = load_network(checkpoint), SecondReferenceN1d7(checkpoint)
     inputs, noise = random_inputs_n1d7(model.config)
     vision, backbone, *_ = _stages(model, inputs, noise)
-    patches = model.vision.patches(inputs.pixel_values.flatten(0, 1)).flatten(0, 1)
+    patches = patches_of(inputs.pixel_values.flatten(0, 1), model.vision.config).flatten(0, 1)
     theirs = reference.encode_language(inputs.input_ids, patches, (4, 4), vision.flatten(1, 2))
     assert relative_error(backbone, theirs) > 0.01
     assert relative_error(backbone, theirs.index_add(1, inputs.image_positions, vision[2])) < CLOSE

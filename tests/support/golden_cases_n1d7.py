@@ -18,6 +18,7 @@ from gr00t_fast.inputs.embodiment import Embodiment
 from gr00t_fast.model import Gr00t, ModelInputs
 from gr00t_fast.model.layers import rotary_tables
 from gr00t_fast.model.siglip2 import joined_patches
+from gr00t_fast.model.vision import patches_of
 
 TAG = "new_embodiment"
 STEPS = (1, 2, 4, 8)
@@ -127,7 +128,8 @@ def _towers_n1d7(golden: GoldenN1d7) -> dict[str, Tensor]:
     model, inputs = golden.model, golden.inputs
     vision, head = model.vision, model.head
     pictures = inputs.pixel_values.flatten(0, 1)
-    found = {"in.pixel_values": vision.patches(pictures).flatten(0, 1), "patch_embed": vision.patch_embedding(vision.patches(pictures)).flatten(0, 1)}
+    patches = patches_of(pictures, vision.config)
+    found = {"in.pixel_values": patches.flatten(0, 1), "patch_embed": vision.patch_embedding(patches).flatten(0, 1)}
     embedded = vision.embed(pictures)
     found["vision_block_0"] = vision.blocks[0](embedded, rotary=vision.rotary(*vision.grid_of(pictures), embedded)).flatten(0, 1)
     tokens = model.encode_vision(inputs.pixel_values)
