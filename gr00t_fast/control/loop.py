@@ -241,8 +241,10 @@ class ControlLoop:
         goal = self.limits.last if self.trace.moved else None
         self.robot.reset(None if self.options.seed is None else self.options.seed + self._episode)
         self._engaged = True
+        if goal is None:  # an arm that is to be put down before the next look succeeds moves from there
+            self.limits.start(self._seen.joints if self.robot.rest_pose is None else self.robot.rest_pose)
         self.robot.lower_if_killed(self._rest_pose)
-        joints = self.robot.observe().joints
+        joints = self.robot.observe(with_frames=False).joints
         near = goal is not None and not (np.abs(joints - self._seen.joints) > ARRIVED_DEG * self.robot.units_per_deg).any()
         self.limits.start(joints, goal if near else None)  # else the simulated arm has leapt home
         self._refresh()

@@ -15,7 +15,7 @@ from arm_bench import raising
 from control_fakes import Bench, joints
 
 from gr00t_fast.base.contracts import SO100_JOINTS
-from gr00t_fast.base.errors import ArmAwayError, BusFault, CameraError, ConfigError, PreflightError, RobotError
+from gr00t_fast.base.errors import ArmAwayError, BusFault, CameraError, ConfigError, MissedReadingError, PreflightError, RobotError
 from gr00t_fast.base.signals import FURTHER_AFTER_S
 from gr00t_fast.cli import run
 from gr00t_fast.control.limits import DEFAULT_MAX_SPEED_DEG_S, Limits, Poses, SafetyOptions
@@ -153,6 +153,28 @@ def test_a_fault_of_the_bus_and_a_further_stop_take_the_torque_off_at_once(troub
     assert run.stop.exit_code == exit_code
     said = [line for line in run.said if "put down" in line or "stopped" in line]
     assert (len(said), all("stays powered" in line for line in said)) == (lines, True), said
+
+
+@pytest.mark.parametrize("trouble", ["a camera", "a missed reading, and a stop", "a stop"])
+def test_trouble_as_soon_as_the_torque_is_on_puts_the_arm_down_at_a_named_pose(trouble: str) -> None:
+    """The arm may have been held up."""
+    run = bench(rest=HOME)
+    run.robot.pose = np.array(START)
+
+    def once_on(what: str, error: Exception) -> None:
+        if "reset" in run.robot.calls and what in trouble and not run.robot.sent:
+            if "stop" in trouble:
+                send(signal.SIGINT)
+            raise error
+
+    run.robot.on_frames = lambda: once_on("a camera", CameraError("no frame"))
+    run.robot.on_observe = lambda: once_on("a missed reading", MissedReadingError("nothing"))
+    run.robot.lower_if_killed = lambda pose: send(signal.SIGINT) if trouble == "a stop" else None
+    with run.stop, pytest.raises(CameraError) if trouble == "a camera" else contextlib.nullcontext():
+        run.loop.run()
+    np.testing.assert_allclose(run.sent()[-1], HOME)
+    assert np.abs(np.diff(np.vstack([START, run.sent()]), axis=0)).max() <= SPEED / 30 + 1e-9
+    assert run.robot.calls == ["connect", "reset", "land"]
 
 
 def test_a_stop_on_the_way_home_puts_the_arm_down() -> None:
