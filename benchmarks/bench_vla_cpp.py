@@ -1,14 +1,13 @@
 """How much faster than vla.cpp, a C++ engine over ggml, on a CPU, with the same weights, picture, prompt and noise? Of N1.5.
 
-    python benchmarks/bench_policy.py --size=full --device=cpu --rounds=1 --reference=false --out=outputs/vla     # writes a checkpoint
     git clone https://github.com/VinRobotics/vla.cpp && cmake -S vla.cpp -B vla.cpp/build && cmake --build vla.cpp/build --target vla
     pip install gguf
-    python vla.cpp/scripts/convert_gr00t_n1_5_to_gguf.py --ckpt=outputs/vla/checkpoint-full --out=outputs/vla/n1.5.gguf
-    VLA_LIBRARY=vla.cpp/build/libvla.so PYTHONPATH=vla.cpp/bindings/python python benchmarks/bench_vla_cpp.py \\
-        --model_path=outputs/vla/checkpoint-full --gguf=outputs/vla/n1.5.gguf --device=cpu --threads=2
+    export VLA_CPP=$PWD/vla.cpp VLA_LIBRARY=$PWD/vla.cpp/build/libvla.so PYTHONPATH=$PWD/vla.cpp/bindings/python
+    make figures FIGURES=vla_cpp     # writes a checkpoint of published size, converts it, and runs this program
 
-Both take turns in one process, and their normalised actions are compared first. Ours begins with a frame of 640x480; vla.cpp prepares no pictures and
-is given one that is ready.
+It measures the library that VLA_LIBRARY names (also one that was built without llama.cpp, which this network does not call). Both take turns in one
+process, and their normalised actions are compared first. Ours begins with a frame of 640x480; vla.cpp prepares no pictures and is given one that is
+ready.
 """
 
 from __future__ import annotations

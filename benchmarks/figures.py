@@ -37,6 +37,7 @@ _ENGINES = "benchmarks/bench_engines.py --size=full --device=cpu --threads=2"
 _OF_INT8 = "--model_path={out}/checkpoint-full"
 _TWO_CAMERAS = "--data_config=so100_dualcam"
 _OF_INT8_TWO = f"{_OF_INT8}-so100_dualcam {_TWO_CAMERAS}"
+_OF_VLA_CPP = "needs vla.cpp, built and named as benchmarks/bench_vla_cpp.py --help says"
 _RECORD_TRAINING = f"training/record.py --episodes=16 --seed=3 --out={_TRAINING}"
 
 
@@ -240,8 +241,9 @@ FIGURES = {
         {"bench_vla_cpp.json": "bench_vla_cpp/n1.5_bf16.json"},
         4,
         lambda: (
-            _package("vla_cpp", "needs vla.cpp (its clone in VLA_CPP), built by the steps of benchmarks/bench_vla_cpp.py")()
-            or _package("gguf", "needs the package gguf")()
+            ("" if os.environ.get("VLA_CPP") else _OF_VLA_CPP)
+            or _package("vla_cpp", _OF_VLA_CPP)()
+            or _package("gguf", _OF_VLA_CPP)()
             or _bf16_memory(12)()
         ),
     ),

@@ -234,7 +234,7 @@ class Gr00tPolicy(Policy):
 
     @property
     def equal_prompts(self) -> bool:
-        return self.engine.equal_prompts
+        return getattr(self.engine, "equal_prompts", False)
 
     @property
     def precision(self) -> str:

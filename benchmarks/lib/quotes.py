@@ -100,9 +100,7 @@ QUOTES = (
     Quote(_RESULTS, "bench_policy/n1.5_int8.json", "takes {:.2f} times its floor", ("total_over_floor",)),
     Quote(_RESULTS, _INT8, "**{:.2f} times** (quartiles {:.2f} to {:.2f}) as fast as `eager`", _AS_INT8),
     Quote(_RESULTS, _INT8_TWO, "**{:.2f} times** (quartiles {:.2f} to {:.2f}) as fast", _AS_INT8),
-    Quote(
-        _RESULTS, _VLA_CPP, "takes {:.0f} ms, paired **{:.2f} times** (quartiles {:.2f} to {:.2f}) as long", ("times_ms.vla_cpp.p50", *_AS_LEROBOT)
-    ),
+    Quote(_RESULTS, _VLA_CPP, "**{:.2f} times** (quartiles {:.2f} to {:.2f}) as fast as vla.cpp's {:.0f} ms", (*_AS_LEROBOT, "times_ms.vla_cpp.p50")),
     Quote(_RESULTS, _VLA_CPP, "differ by {:.4f}", ("relative_difference",)),
     Quote(_RESULTS, _LEROBOT, "**{:.2f} times** (quartiles {:.2f} to {:.2f}", _AS_LEROBOT),
     Quote(_RESULTS, _LEROBOT_N1D7, "**{:.2f} times** (quartiles {:.2f} to {:.2f}", _AS_LEROBOT),
@@ -110,8 +108,11 @@ QUOTES = (
         Quote(_RESULTS, file, "{:.1f} s, lerobot's {:.1f} s", ("0.001*times_ms.gr00t_fast.p50", "0.001*times_ms.lerobot.p50"))
         for file in (_LEROBOT, _LEROBOT_N1D7)
     ),
-    Quote(_RESULTS, _AB, "{:.1f} ms with a TCP server", ("arms.0.latency_ms.p50",)),
-    Quote(_RESULTS, _AB, "{:.1f} ms in one process", ("arms.3.latency_ms.p50",)),
+    *(Quote(_RESULTS, file, "differ by up to {:.1f} degrees", ("difference_joint_units.largest",)) for file in (_LEROBOT, _LEROBOT_N1D7)),
+    Quote(_RESULTS, _AB, "adds {:.1f} ms to a call of {:.1f} ms", ("alone.0.worth_ms.median", "arms.3.latency_ms.p50")),
+    Quote(_RESULTS, _AB, "it takes {:.1f} ms", ("arms.0.latency_ms.p50",)),
+    Quote(_RESULTS, _ARMS, "chunks of {:.2f} s", ("0.001*rows.0.chunk_ms",)),
+    Quote(_RESULTS, _ARMS, "{:.1f} % came too late one at a time, together {:.1f} %", ("100*rows.0.missed_share", "100*rows.1.missed_share")),
     Quote(_RESULTS, _AB, "**{:.2f} times** (quartiles {:.2f} to {:.2f})", tuple(f"ratio.{part}" for part in _RATIO)),
     Quote(_RESULTS, _ARMS, "together {:.1f} requests a second, one at a time {:.1f}", ("rows.1.requests_per_s", "rows.0.requests_per_s")),
     *(

@@ -109,7 +109,7 @@ class Policy(Protocol):
     computes: bool = True  # False: it plays what was recorded, and there are no inferences to speak of
     last_timing: Mapping[str, float] = MappingProxyType({})  # stages of the last call in ms, `total` among them
     max_batch: int = 1  # how many calls `get_actions` computes at once
-    equal_prompts: bool = False  # whether only prompts of one length are, and calls of others one after the other
+    equal_prompts: bool = False  # whether only those with prompts of one length are, the others one after the other
     takes_deadline: bool = False  # whether `get_action` takes `deadline_s`, too: in how many seconds the answer must be there
 
     def get_action(self, observation: dict[str, Any], noise: Any = None, prefix: ActionPrefix | None = None) -> dict[str, np.ndarray]:

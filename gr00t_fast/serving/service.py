@@ -34,7 +34,7 @@ import numpy as np
 from gr00t_fast.base.contracts import Policy
 from gr00t_fast.base.errors import ConfigError, Gr00tFastError, ObservationError, ServerError, WireError, require
 from gr00t_fast.base.measurement import percentiles
-from gr00t_fast.inputs.observation import LEROBOT_TASK, flat_observation, is_nested
+from gr00t_fast.inputs.observation import flat_observation, is_nested
 from gr00t_fast.serving.wire import UNAUTHORISED_TEXT
 
 log = logging.getLogger(__name__)
@@ -59,13 +59,11 @@ _BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 class Request:
     """What a client asks: an observation, the options of `Policy.get_action`, and when its answer is to be there (monotonic; None: it does not say).
 
-    form: as of `form_of`. client: its name, for people. since_s: since when this client waits, this request's or an earlier one's, of which
-    this takes the place.
+    client: its name, for people. since_s: since when this client waits, this request's or an earlier one's, of which this takes the place.
     """
 
     observation: Mapping[str, Any]
     options: Mapping[str, Any]
-    form: Hashable
     answer: Future[dict[str, np.ndarray]]
     client: str
     arrived_s: float
@@ -78,14 +76,20 @@ class Request:
         """By which requests are ordered."""
         return self.since_s + PATIENCE_S if self.deadline_s is None else self.deadline_s
 
+    def form(self, equal_prompts: bool) -> Hashable:
+        """Equal for requests that one inference can compute, with `equal_prompts` (as of `Policy`) those with one instruction. A request of a batch
+        is computed alone."""
+        if batch_of(self.observation) > 1:
+            return id(self)
+        pictures = sorted((key, value.shape) for key, value in self.observation.items() if isinstance(value, np.ndarray) and value.ndim > 2)
+        texts = sorted(filter(None, map(_text_of, self.observation.values()))) if equal_prompts else []
+        return tuple(pictures), tuple(texts), self.options.get("prefix") is not None
 
-def form_of(observation: Mapping[str, Any], options: Mapping[str, Any], equal_prompts: bool = False) -> Hashable:
-    """Equal for requests that one inference can compute, with `equal_prompts` as of `Policy`. A request of a batch is computed alone."""
-    if batch_of(observation) > 1:
-        return object()
-    pictures = sorted((key, value.shape) for key, value in observation.items() if isinstance(value, np.ndarray) and value.ndim > 2)
-    texts = sorted((key, str(value)) for key, value in observation.items() if key == LEROBOT_TASK or "annotation" in key)
-    return tuple(pictures), tuple(texts) if equal_prompts else (), options.get("prefix") is not None
+
+def _text_of(value: Any) -> str | None:
+    """The text that a value is, or holds as its only item."""
+    items = value.flat[:2].tolist() if isinstance(value, np.ndarray) else value if isinstance(value, list | tuple) else [value]
+    return items[0] if len(items) == 1 and isinstance(items[0], str) else None
 
 
 def batch_of(observation: Mapping[str, Any]) -> int:
@@ -139,8 +143,8 @@ class BatchTimes:
 class Queue:
     """Requests that wait, one of each client. Not thread-safe."""
 
-    def __init__(self, times: BatchTimes) -> None:
-        self.times = times
+    def __init__(self, times: BatchTimes, equal_prompts: bool = False) -> None:
+        self.times, self._equal_prompts = times, equal_prompts
         self.waiting: dict[Hashable, Request] = {}
         self._computed: list[Hashable] = []  # clients whose requests were taken last
         self._served_s: dict[Hashable, float] = {}  # when clients got their last answer, as far as somebody has waited since before that
@@ -154,7 +158,8 @@ class Queue:
         oldest_s = min(request.since_s for request in self.waiting.values())
         self._served_s = {client: served_s for client, served_s in self._served_s.items() if served_s > oldest_s}
         first = next((client for client in in_order if client not in self._served_s), in_order[0])  # all were served together
-        alike = [client for client in in_order if client != first and self.waiting[client].form == self.waiting[first].form]
+        forms = {client: self.waiting[client].form(self._equal_prompts) for client in in_order}
+        alike = [client for client in in_order if client != first and forms[client] == forms[first]]
         size = self.times.size_for([self.waiting[client] for client in (first, *alike)], now_s)
         self._computed = [first, *alike][:size]
         return [self.waiting.pop(client) for client in self._computed]
@@ -296,7 +301,7 @@ class Service:
         self.policy, self.api_token, self.figures = policy, api_token, Figures()
         self.times = BatchTimes()
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()  # its `put` may be interrupted by a signal handler that puts
-        self.queue = Queue(self.times)
+        self.queue = Queue(self.times, policy.equal_prompts)
         self._running_bytes = 0
         self._limit_bytes, self._max_waiting, self._max_wait_s = limit_bytes, max_waiting, max_wait_s
         self._stopping = threading.Event()
@@ -334,7 +339,6 @@ class Service:
         if deadline_s is not None and not (type(deadline_s) in (int, float) and 0 < deadline_s <= MAX_DEADLINE_S):
             raise WireError(f"deadline_s: expected seconds from now, more than 0 and at most {MAX_DEADLINE_S:g}, got {str(deadline_s)[:80]}.")
         due_s, future = None if deadline_s is None else now_s + deadline_s, Future[dict[str, np.ndarray]]()
-        form = form_of(observation, options, self.policy.equal_prompts)
         future.set_running_or_notify_cancel()
         with self._lock:
             if self._stopping.is_set():
@@ -345,7 +349,7 @@ class Service:
             if (replaced is None and len(waiting) >= self._max_waiting) or others_bytes + size_bytes > self._limit_bytes:
                 raise ServerError(f"busy: {len(waiting)} requests are waiting, {others_bytes} bytes in all. Try again later.", ServerError.BUSY)
             since_s = now_s if replaced is None else replaced.since_s
-            waiting[client] = Request(observation, options, form, future, name, now_s, since_s, due_s, size_bytes)
+            waiting[client] = Request(observation, options, future, name, now_s, since_s, due_s, size_bytes)
             self._wake.put(None)
         if replaced is not None:
             replaced.answer.set_exception(ServerError("a later request of the same client took its place.", ServerError.REPLACED))
@@ -425,7 +429,7 @@ class Service:
 
 
 def _observation(value: Any) -> dict[str, Any]:
-    observation = flat_observation(value) if is_nested(value) else string_keyed(value, "observation")
+    observation = string_keyed(flat_observation(value) if is_nested(value) else value, "observation")
     if (batch := batch_of(observation)) > MAX_BATCH:
         raise ObservationError(f"observation: a batch of {batch}; this server takes at most {MAX_BATCH} at once. Send several requests.")
     return observation

@@ -179,7 +179,7 @@ def test_every_command_is_understood_by_its_program(name: str, monkeypatch: pyte
     monkeypatch.chdir(ROOT)
     for command in figures.FIGURES[name].commands:
         words = figures.words_of(command, tmp_path)
-        if words[0].startswith("$"):
+        if words[0].startswith("$VLA_CPP/scripts/"):
             continue  # another project's program
         module = {"gr00t_fast": "gr00t_fast.cli.main"}.get(words[1], words[1]) if words[0] == "-m" else words[0].removesuffix(".py").replace("/", ".")
         with pytest.raises(Parsed):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import threading
 import time
@@ -21,7 +22,7 @@ from gr00t_fast import load_policy
 from gr00t_fast.base.errors import Gr00tFastError, ObservationError, ServerError
 from gr00t_fast.serving.client import PolicyClient
 from gr00t_fast.serving.server import PolicyServer
-from gr00t_fast.serving.service import BatchTimes, Queue, Request, Service, form_of
+from gr00t_fast.serving.service import BatchTimes, Queue, Request, Service
 from gr00t_fast.serving.wire import encode
 from gr00t_fast.virtual.random_checkpoint import write_random_checkpoint
 
@@ -29,8 +30,7 @@ GPU, CPU = {1: 0.10, 2: 0.11, 4: 0.13, 8: 0.20}, {1: 0.10, 2: 0.19, 4: 0.37, 8: 
 
 
 def request(client: str, arrived_s: float = 0.0, deadline_s: float | None = None, size: tuple[int, int] = (32, 40), **options: Any) -> Request:
-    seen = observation(size=size)
-    return Request(seen, options, form_of(seen, options), Future(), client, arrived_s, arrived_s, deadline_s, 0)
+    return Request(observation(size=size), options, Future(), client, arrived_s, arrived_s, deadline_s, 0)
 
 
 def queue_of(times: dict[int, float], *requests: Request) -> Queue:
@@ -64,6 +64,30 @@ def test_who_is_computed_next_and_with_whom(times: dict[int, float], deadlines_s
     queue = queue_of(times, *requests)
     assert names(queue.take(0.0)) == taken
     assert len(queue.waiting) == len(requests) - len(taken)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "equal", "any_prompts"),
+    [
+        ("pick", "pick", "ab", "ab"),
+        ("pick", ["pick"], "ab", "ab"),
+        ("pick", np.array(["pick"]), "ab", "ab"),
+        ("pick", "put it there", "a", "ab"),
+        (["pick"], ["put it there"], "a", "ab"),
+        ("pick", ["pick", "pick"], "a", "ab"),
+        ("pick", b"pick", "a", "ab"),
+        ("pick", np.zeros((6,) * 8, np.uint8), "a", "a"),  # no instruction: the policy refuses it, and nobody waits for its text
+    ],
+)
+def test_where_prompts_must_be_equal_requests_with_one_instruction_alone_go_together(first: Any, second: Any, equal: str, any_prompts: str) -> None:
+    """By whatever key the policy reads it."""
+    for equal_prompts, taken in ((True, equal), (False, any_prompts)):
+        queue = Queue(BatchTimes(), equal_prompts)
+        queue.times.seconds.update(GPU)
+        queue.waiting.update(
+            {name: dataclasses.replace(request(name), observation={"language.goal": said}) for name, said in zip("ab", (first, second), strict=True)}
+        )
+        assert names(queue.take(0.0)) == taken
 
 
 def test_a_size_is_measured_as_far_as_that_is_quick_and_refined_by_what_is_served() -> None:
