@@ -1,7 +1,7 @@
 """How much faster than vla.cpp, a C++ engine over ggml, on a CPU, with the same weights, picture, prompt and noise? Of N1.5.
 
     git clone https://github.com/VinRobotics/vla.cpp && cmake -S vla.cpp -B vla.cpp/build && cmake --build vla.cpp/build --target vla
-    pip install gguf
+    .venv/bin/pip install gguf
     export VLA_CPP=$PWD/vla.cpp VLA_LIBRARY=$PWD/vla.cpp/build/libvla.so PYTHONPATH=$PWD/vla.cpp/bindings/python
     make figures FIGURES=vla_cpp     # writes a checkpoint of published size, converts it, and runs this program
 
