@@ -19,6 +19,12 @@ LFS_POINTER, LFS_REMEDY = b"version https://git-lfs", "it is git-lfs's pointer, 
 _OLD = "-old"  # ends the name of a directory that makes room for the new one
 
 
+def lerobot_home() -> Path:
+    """Where lerobot keeps data sets and calibrations, found without importing it or huggingface_hub, whose variables are read (tests compare)."""
+    hub = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    return Path(os.environ.get("HF_LEROBOT_HOME") or Path(hub) / "lerobot").expanduser()
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` where the block makes a file or a directory, which replaces `path` when the block ends well.

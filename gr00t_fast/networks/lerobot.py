@@ -11,7 +11,6 @@ sorted, statistics and prompts others (lerobot 0.4.4 and 0.6.1: policies/groot/p
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from safetensors.numpy import load_file
 
 from gr00t_fast.base.contracts import SO100_JOINTS
 from gr00t_fast.base.errors import CheckpointError, ConfigError, shown
-from gr00t_fast.base.files import read_json
+from gr00t_fast.base.files import lerobot_home, read_json
 from gr00t_fast.inputs.data_config import DataConfig
 from gr00t_fast.inputs.embodiment import STATISTICS, Arithmetic, Camera, Embodiment, ImageSettings, Part
 from gr00t_fast.inputs.images import FitImages
@@ -374,8 +373,7 @@ def _dataset(path: Path) -> dict[str, Any]:
     """`fps` of the data set that the policy was trained on, {} where it is not on this machine: no file of the policy has it."""
     try:
         told = read_json(path / TRAINING_FILE)["dataset"]
-        home = os.environ.get("HF_LEROBOT_HOME") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser() / "lerobot"
-        places = [Path(root) for root in (told.get("root"),) if root and Path(root).is_absolute()] or [Path(home) / told["repo_id"]]
+        places = [Path(root) for root in (told.get("root"),) if root and Path(root).is_absolute()] or [lerobot_home() / told["repo_id"]]
         fps = read_json(places[0] / "meta" / "info.json")["fps"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}

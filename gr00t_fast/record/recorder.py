@@ -25,7 +25,7 @@ import numpy as np
 
 from gr00t_fast.base.contracts import Observation
 from gr00t_fast.base.errors import ConfigError, MissingExtraError, RecordingError, install_command, require
-from gr00t_fast.base.files import is_running
+from gr00t_fast.base.files import is_running, lerobot_home
 from gr00t_fast.control.binding import joints_of_parts
 from gr00t_fast.record.sink import Sink, Tell
 from gr00t_fast.record.views import check_writable
@@ -64,8 +64,7 @@ def dataset_directory(name: str) -> Path:
     path = Path(name).expanduser()
     parts = name.split("/")
     if len(parts) == 2 and all(parts) and parts[0] not in (".", "..", "~") and not Path(parts[0]).is_dir():
-        cache = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-        return Path(os.environ.get("HF_LEROBOT_HOME") or cache / "lerobot").expanduser() / name
+        return lerobot_home() / name
     return path
 
 

@@ -25,6 +25,7 @@ import numpy as np
 
 from gr00t_fast.base.contracts import SO100_JOINTS
 from gr00t_fast.base.errors import ConfigError, RobotError, check_ranges, one_line, require
+from gr00t_fast.base.files import lerobot_home
 from gr00t_fast.robots import CameraConfig, OpenCVCameraConfig, RobotConfig, SO100FollowerConfig, filmed
 
 _LEROBOT_NAME = "so_follower"  # of the driver since lerobot 0.4.3, and of the directory with its calibrations
@@ -88,10 +89,7 @@ def calibration_file(config: SO100FollowerConfig) -> Path:
     """Where lerobot looks for the arm's calibration, found without importing lerobot (a test compares the two)."""
     if config.calibration_dir is not None:
         return Path(config.calibration_dir) / f"{config.id}.json"
-    from huggingface_hub.constants import HF_HOME
-
-    home = Path(os.environ.get("HF_LEROBOT_HOME", Path(HF_HOME) / "lerobot")).expanduser()
-    directory = Path(os.environ.get("HF_LEROBOT_CALIBRATION", home / "calibration")).expanduser()
+    directory = Path(os.environ.get("HF_LEROBOT_CALIBRATION") or lerobot_home() / "calibration").expanduser()
     return directory / "robots" / _LEROBOT_NAME / f"{config.id}.json"
 
 

@@ -198,7 +198,7 @@ class ServoHealth:
         self.loads = MotorLoads(*(np.where(new, value, known) for known, value in values))
         if holding:
             self._demand_torque(servo_id, state.torque)
-            self._demand_settings(servo_id, state, now_s)
+            self._demand_settings(servo_id, state)
 
     def _demand_torque(self, servo_id: int, torque: int) -> None:
         """An overloaded servo may let go to protect itself; any other one without torque lost its power, and the next goal is a leap."""
@@ -208,7 +208,7 @@ class ServoHealth:
                 "switched it off. Check the power supply (voltage, current, plug), put the arm upright and start the run again."
             )
 
-    def _demand_settings(self, servo_id: int, state: ServoState, now_s: float) -> None:
+    def _demand_settings(self, servo_id: int, state: ServoState) -> None:
         """A servo that was reset has forgotten what this run wrote (the next goal switched it on again)."""
         joint = SO100_JOINTS[servo_id - 1]
         if self._accelerations.setdefault(servo_id, state.acceleration) != state.acceleration:

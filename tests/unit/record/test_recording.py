@@ -10,6 +10,8 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -218,6 +220,13 @@ def test_a_run_that_is_refused_waits_for_no_writer(tmp_path: Path) -> None:
 
 def test_names_of_data_sets_are_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    for name in ("HF_LEROBOT_HOME", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, place in {"HOME": "{}/.cache/huggingface/lerobot", "XDG_CACHE_HOME": "{}/huggingface/lerobot", "HF_HOME": "{}/lerobot"}.items():
+        monkeypatch.setenv(name, str(tmp_path / name))
+        assert dataset_directory("me/pick") == Path(place.format(tmp_path / name)) / "me" / "pick"
+        inquiry = [sys.executable, "-c", "from lerobot.utils.constants import HF_LEROBOT_HOME as home; print(home)"]
+        assert str(dataset_directory("me/pick").parents[1]) == subprocess.check_output(inquiry, text=True).strip(), "where lerobot looks"
     monkeypatch.setenv("HF_LEROBOT_HOME", "/cache")
     assert dataset_directory("me/pick") == Path("/cache/me/pick")
     assert dataset_directory("./me/pick") == Path("me/pick")
