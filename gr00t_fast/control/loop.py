@@ -244,7 +244,7 @@ class ControlLoop:
         if goal is None:  # an arm that is to be put down before the next look succeeds moves from there
             self.limits.start(self._seen.joints if self.robot.rest_pose is None else self.robot.rest_pose)
         self.robot.lower_if_killed(self._rest_pose)
-        joints = self.robot.observe(with_frames=False).joints
+        joints = self.robot.observe(False).joints
         near = goal is not None and not (np.abs(joints - self._seen.joints) > ARRIVED_DEG * self.robot.units_per_deg).any()
         self.limits.start(joints, goal if near else None)  # else the simulated arm has leapt home
         self._refresh()
