@@ -277,7 +277,7 @@ def test_a_camera_that_is_turned_as_the_page_says_becomes_green(browser: WebDriv
     with running(*words, environment=virtual_camera.plugin_environment(tmp_path)) as run:
         browser.get(run.url)
         until(lambda: len(pictures(browser)) == 2 and all(pictures(browser)), "the picture and its ghost", 30.0)
-        until(lambda: "pixels off" in off(), "how far it is off", 30.0)
+        until(lambda: "pixels off" in off() and ways(), "how far it is off, and the way back", 30.0)
         seen = [off()]
         keep(browser, "align_off")
         for _ in range(12):
@@ -288,7 +288,7 @@ def test_a_camera_that_is_turned_as_the_page_says_becomes_green(browser: WebDriv
             for sign, word in ((-1, "clockwise"), (1, "counterclockwise")):
                 turned[2] += sign * sum(map(float, re.findall(rf"roll it ([\d.]+) degrees {word}", ways())))
             place()
-            until(lambda: off() != seen[-1], "the number follows", 20.0)
+            until(lambda: off() != seen[-1], f"turned to {turned}, after {seen}: the number follows", 20.0)
             time.sleep(2.0)  # of the new place alone
             seen.append(off())
         numbers = [float(text.split()[0]) for text in seen]
