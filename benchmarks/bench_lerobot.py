@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 from typing import Any, Literal
 
 import numpy as np
@@ -173,13 +172,7 @@ def measure(config: BenchLerobotFlags) -> program.Result:
     torch.randn = randn
     calls: dict[str, Callable[[], np.ndarray]] = {"lerobot": lerobots, "gr00t_fast": gr00t_fasts}
     actions = {name: call() for name, call in calls.items()}
-    times_ms: dict[str, list[float]] = {name: [] for name in calls}
-    for order, counts in program.shuffled_rounds(calls, config.rounds, warm_up=1, seed=config.seed):
-        for name in order:
-            began_s = perf_counter()
-            calls[name]()
-            if counts:
-                times_ms[name].append(1e3 * (perf_counter() - began_s))
+    times_ms = program.times_in_turns(calls, config.rounds, warm_up=1, seed=config.seed)
     difference = np.abs(actions["gr00t_fast"] - actions["lerobot"])
     return {
         **{"network": "n1.7" if n1d7 else "n1.5", "lerobot": lerobot.__version__, "threads": torch.get_num_threads()},

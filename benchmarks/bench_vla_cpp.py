@@ -19,7 +19,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 
 import numpy as np
 
@@ -82,13 +81,7 @@ def measure(config: BenchVlaCppFlags) -> program.Result:
 
     calls = {"vla_cpp": vla_cpp_s, "gr00t_fast": gr00t_fast_s}
     actions = {name: call() for name, call in calls.items()}
-    times_ms: dict[str, list[float]] = {name: [] for name in calls}
-    for order, counts in program.shuffled_rounds(calls, config.rounds, warm_up=2, seed=config.seed):
-        for name in order:
-            began_s = perf_counter()
-            calls[name]()
-            if counts:
-                times_ms[name].append(1e3 * (perf_counter() - began_s))
+    times_ms = program.times_in_turns(calls, config.rounds, warm_up=2, seed=config.seed)
     difference = np.linalg.norm(actions["gr00t_fast"] - actions["vla_cpp"]) / np.linalg.norm(actions["vla_cpp"])
     clone = ["git", "-C", str(Path(vla_cpp.__file__).parent), "rev-parse", "--short=12", "HEAD"]
     return {

@@ -13,7 +13,8 @@ import random
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -178,6 +179,18 @@ def shuffled_rounds(arms: Iterable[T], rounds: int, warm_up: int = 0, seed: int 
         for number in range(warm_up + rounds):
             yield order.sample(arms, len(arms)), number >= warm_up
             tick()
+
+
+def times_in_turns(calls: Mapping[str, Callable[[], object]], rounds: int, warm_up: int, seed: int) -> dict[str, list[float]]:
+    """Milliseconds of each call, by round."""
+    times_ms: dict[str, list[float]] = {name: [] for name in calls}
+    for order, counts in shuffled_rounds(calls, rounds, warm_up, seed):
+        for name in order:
+            began_s = time.perf_counter()
+            calls[name]()
+            if counts:
+                times_ms[name].append(1e3 * (time.perf_counter() - began_s))
+    return times_ms
 
 
 # --- what it leaves ------------------------------------------------------------------------------------------------------------------------
