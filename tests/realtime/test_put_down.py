@@ -160,7 +160,7 @@ AT_ONCE: dict[str, Callable[[Stand], None]] = {
 }
 
 
-@pytest.mark.parametrize("fault", PUT_DOWN)
+@pytest.mark.parametrize("fault", [pytest.param(name, marks=pytest.mark.slow) if "hangs" in name else name for name in PUT_DOWN])
 def test_the_arm_is_where_it_lay_when_its_torque_goes_off(fault: str, tmp_path: Path) -> None:
     act, options, expected = PUT_DOWN[fault]
     with Stand(tmp_path, **options) as stand:
@@ -174,6 +174,7 @@ def test_the_arm_is_where_it_lay_when_its_torque_goes_off(fault: str, tmp_path: 
         assert np.abs(true_joints(stand.bus) - stand.let_go).max() < NEAR_DEG, "it does not fall from there"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", AT_ONCE)
 def test_what_forbids_a_move_takes_the_torque_off_at_once(fault: str, tmp_path: Path) -> None:
     with Stand(tmp_path) as stand:

@@ -86,7 +86,12 @@ def stays_off(bus: VirtualBus) -> None:
 
 @pytest.mark.parametrize(
     ("trouble", "phase", "controller"),
-    [("segfault", "get_action", "threaded"), ("native", "reset", "sync"), ("gil", "get_action", "threaded"), ("gil", "land", "sync")],
+    [
+        pytest.param("segfault", "get_action", "threaded", marks=pytest.mark.slow),
+        ("native", "reset", "sync"),
+        ("gil", "get_action", "threaded"),
+        ("gil", "land", "sync"),
+    ],
 )
 def test_a_run_that_hangs_or_crashes_in_native_code(
     trouble: str, phase: str, controller: str, program: Program, bus: VirtualBus, tmp_path: Path
@@ -166,6 +171,7 @@ def beating(bus: VirtualBus, directory: Path, **options: Any) -> SO100FollowerAr
     return arm
 
 
+@pytest.mark.slow
 def test_a_watchdog_that_is_frozen_ends_the_run_but_not_a_machine_that_stood_still(bus: VirtualBus, tmp_path: Path) -> None:
     arm = beating(bus, tmp_path)
     (pid,) = _watchdogs(bus)
@@ -189,6 +195,7 @@ def test_a_watchdog_that_is_frozen_ends_the_run_but_not_a_machine_that_stood_sti
     assert not _watchdogs(bus)
 
 
+@pytest.mark.slow
 def test_a_watchdog_keeps_the_port_from_the_next_run_while_it_works(program: Program, bus: VirtualBus, tmp_path: Path) -> None:
     pid = program.start(bus, tmp_path)
     program.hear("ready")

@@ -202,6 +202,7 @@ def test_a_16_bit_export_is_calibrated_in_fp32(tiny_export: Made, tiny_engines: 
         np.testing.assert_allclose(first.array(name), second.array(name), rtol=2e-3)  # of 16 bits
 
 
+@pytest.mark.slow
 def test_onnx_runtime_needs_no_calibration(
     tiny_export: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

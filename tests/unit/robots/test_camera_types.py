@@ -121,6 +121,7 @@ def test_lerobot_is_imported_for_other_types_only() -> None:
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120, capture_output=True, cwd=Path(__file__).resolve().parents[3])
 
 
+@pytest.mark.slow
 def test_pictures_come_over_the_network_and_a_dead_publisher_is_a_camera_fault(publisher: Publisher, tmp_path: Path) -> None:
     cameras = robot(f"{{head: {camera(publisher)}}}").cameras
     with connected(tmp_path, cameras=cameras) as (_, arm):
@@ -141,6 +142,7 @@ def test_another_size_than_was_asked_for_is_refused(publisher: Publisher, tmp_pa
         pass
 
 
+@pytest.mark.slow
 def test_nobody_publishes(publisher: Publisher, tmp_path: Path) -> None:
     publisher.stop()
     cameras = robot(f"{{head: {camera(publisher)}}}").cameras
