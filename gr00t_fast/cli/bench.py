@@ -8,11 +8,9 @@ from pathlib import Path
 
 from gr00t_fast.cli.main import EXIT_ERROR, EXIT_OK, Command, end_on_sigterm, leave_result
 from gr00t_fast.cli.run import RunConfig
-from gr00t_fast.cli.shared_flags import OutputFlags
+from gr00t_fast.cli.shared_flags import MEAN_SOMETHING_ELSE, OutputFlags
 from gr00t_fast.evaluation.bench import BenchOptions, engine_named, measure, table_rows, verdict
 from gr00t_fast.evaluation.certificate import write_certificate
-
-_NOT_OF_A_RUN = ("precision", "seed", "camera_map")  # settings of a run's file that mean something else here
 
 
 @dataclass(kw_only=True)
@@ -64,6 +62,6 @@ main = Command(
     "exit codes: 0 done, 1 no engine keeps its limit on the error, or an error; 2 bad flag, 130 interrupted",
     "interrupted: no result; exports that were finished are kept",
     file_of=RunConfig,
-    not_from_file=_NOT_OF_A_RUN,
+    not_from_file=MEAN_SOMETHING_ELSE,
 )
 tune = replace(main, flags=TuneConfig, usage="usage: gr00t-fast tune --model_path=DIR --observations=DATASET [--flag=value ...]")

@@ -13,14 +13,13 @@ from typing import Any, TypeVar
 from gr00t_fast.base.measurement import peak_rss_bytes, provenance
 from gr00t_fast.cli.main import EXIT_ERROR, EXIT_OK, Command, end_on_sigterm, show
 from gr00t_fast.cli.run import RunConfig
-from gr00t_fast.cli.shared_flags import OutputFlags
+from gr00t_fast.cli.shared_flags import MEAN_SOMETHING_ELSE, OutputFlags
 from gr00t_fast.export import SYNTHETIC, BuildOptions, OnnxOptions, QuantiseOptions, VerifyOptions
 from gr00t_fast.export.report import quantisation_table, table_of, verification_table, verification_verdict
 
 C = TypeVar("C", bound=OutputFlags)
 Made = tuple[dict[str, Any], str, str]  # the result for --json, and as a table; and the verdict, one line
 _EXITS = "exit codes: 0 done, 1 error, 2 bad flag, 130 interrupted; what was being made is removed then."
-_NOT_OF_A_RUN = ("precision", "seed", "camera_map")  # settings of a run's file that mean something else here
 
 
 def _command(words: str, flags: type[C], make: Callable[[C], Made], exits: str = _EXITS) -> Command[C]:
@@ -35,7 +34,7 @@ def _command(words: str, flags: type[C], make: Callable[[C], Made], exits: str =
         return EXIT_OK if result.get("passed", True) else EXIT_ERROR
 
     usage, interrupted = f"usage: gr00t-fast {words} [--flag=value ...]", "interrupted; what was being made is removed"
-    return Command(flags, work, usage, exits, interrupted, RunConfig, _NOT_OF_A_RUN)
+    return Command(flags, work, usage, exits, interrupted, RunConfig, MEAN_SOMETHING_ELSE)
 
 
 @dataclass(kw_only=True)

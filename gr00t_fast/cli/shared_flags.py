@@ -13,6 +13,8 @@ from gr00t_fast.control.limits import SafetyOptions
 from gr00t_fast.record.page import BARE, page_address
 from gr00t_fast.record.views import WINDOW, display_target
 
+MEAN_SOMETHING_ELSE = ("precision", "seed", "camera_map")  # settings of a run's file, to programs that make or measure engines
+
 
 @dataclass(kw_only=True)
 class OutputFlags(Flags):
