@@ -67,8 +67,11 @@ class WatchedBus:
     def inject(self, fault: str) -> None:
         self._bus.inject(fault)
 
-    def clear(self) -> None:
-        self._bus.clear()
+    def unplug(self) -> None:
+        self._bus.unplug()
+
+    def replug(self) -> None:
+        self._bus.replug()
 
     def fall(self, degrees: float) -> None:
         """The supply fails for a moment, and the arm sinks meanwhile."""
