@@ -37,4 +37,6 @@ def main(host: str = "127.0.0.1", port: str | int = 5555, instruction: str = "Re
 
 
 if __name__ == "__main__":
+    if any(word.startswith("-") for word in sys.argv[1:]):
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -37,6 +37,7 @@ from gr00t_fast.virtual.sim.scene import GRIPPER, INSTRUCTION_OF, Task
 from gr00t_fast.virtual.sim.simulation import FIRST_LAYOUT_SEED, TICK_S, Simulation
 from training.samples import FPS, RESOLUTION
 
+os.environ |= {"SVT_LOG": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}  # errors alone of the encoder, and no bar for each episode
 _CAMERA = "front"
 _PARTS = {"single_arm": GRIPPER, "gripper": 1}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import math
 import os
 import shlex
 import signal
@@ -14,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from gr00t_fast.base.errors import ConfigError
+from gr00t_fast.base.contracts import SO100_JOINTS
+from gr00t_fast.base.errors import ConfigError, check_ranges
 from gr00t_fast.base.flags import Flags, setting
 from gr00t_fast.cli.main import EXIT_ERROR, EXIT_OK, Command
 from gr00t_fast.robots.calibration import Calibration, default_calibration, load_calibration, save_calibration
@@ -48,8 +50,7 @@ class BusConfig(Flags):
         super().check()
         if self.link is None and (self.send is None or self.control is None):
             raise ConfigError("--link=PATH is missing (with --send: --link or --control of the running bus).")
-        if self.usb_latency_ms < 0:
-            raise ConfigError(f"--usb_latency_ms={self.usb_latency_ms:g} must not be negative.")
+        check_ranges(self, usb_latency_ms=(0.0, math.inf), servos=(1, len(SO100_JOINTS)))
         if self.control is None and self.link is not None:
             self.control = self.link.with_name(self.link.name + ".ctl")
 
@@ -85,20 +86,23 @@ def describe(config: BusConfig, bus: VirtualBus, calibration_file: Path | None) 
     else:
         directory = shlex.quote(str(calibration_file.resolve().parent))
         flags += f" --robot.calibration_dir={directory} --robot.id={shlex.quote(calibration_file.stem)}"
-        lines.append("a run on it, with random weights and a rendered camera (the first command once):")
-        lines += [f"  {line}" for line in _a_run(flags, config.scene is not None)]
+        lines += _a_run(flags, config.scene)
     load = f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
     lines.append(f"A busy machine delays answers, and lerobot 0.4 gives up after 50 ms: keep it idle. Its load now: {load}.")
     lines += ["what the servos do:", f"  gr00t-fast bus --control {shlex.quote(str(config.control))} --send state"]
     return "\n".join(lines)
 
 
-def _a_run(flags: str, scene: bool) -> list[str]:
+def _a_run(flags: str, scene: str | None) -> list[str]:
     """Without a scene the servos come up in the middle of their ranges, not where the imagined recordings began: hence --preflight=warn."""
+    if scene == "reach":
+        flags += ' --robot.cameras="{front: {type: sim}}" --home="[0, -20, 20, 75, -90, 10]" --episodes=1'
+        return ["a run on it, with the network of the demo and a rendered camera:", f"  gr00t-fast demo {flags}"]
     flags += "" if scene else " --preflight=warn"
     return [
-        f"gr00t-fast random-checkpoint --size=demo --overwrite --out={_CHECKPOINT}",
-        f'gr00t-fast run {flags} --robot.cameras="{{webcam: {{type: sim}}}}" --model_path={_CHECKPOINT} '
+        "a run on it, with random weights and a rendered camera (the first command once):",
+        f"  gr00t-fast random-checkpoint --size=demo --overwrite --out={_CHECKPOINT}",
+        f'  gr00t-fast run {flags} --robot.cameras="{{webcam: {{type: sim}}}}" --model_path={_CHECKPOINT} '
         '--lang_instruction="Place the block in the bowl" --timeout=10',
     ]
 

@@ -35,7 +35,7 @@ class SceneFlags(OutputFlags):
 def run(config: SceneFlags) -> int:
     """Raises Gr00tFastError."""
     directory = here if (here := Path(config.dataset).expanduser()).is_dir() else dataset_directory(config.dataset)
-    if not directory.is_dir() and config.dataset.count("/") == 1:
+    if not directory.is_dir() and config.dataset.count("/") == 1 and not config.dataset.startswith((".", "~", "/")):
         _fetch(config.dataset, directory)
     card, out = build_card(directory), config.out or card_path(directory)
     card.save(out)

@@ -12,7 +12,7 @@ import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
-from gr00t_fast.base.errors import AT_LEAST_1, ConfigError, ServerError, check_ranges, require
+from gr00t_fast.base.errors import AT_LEAST_1, ConfigError, ServerError, ServerUnreachableError, check_ranges, require
 from gr00t_fast.cli.main import EXIT_OK, Command
 from gr00t_fast.cli.run import RunConfig
 from gr00t_fast.options import PolicyOptions
@@ -100,7 +100,12 @@ def _print_status(config: ServeConfig) -> int:
             raise ServerError(f"no server of ours answers at {request.full_url}: {error}. Look at --host, --port and --api_token.") from error
     else:
         with PolicyClient(config.host, config.port, PING_TIMEOUT_S, config.api_token, config.address or None) as client:
-            status = client.get_status()
+            try:
+                status = client.get_status()
+            except ServerUnreachableError as error:
+                raise ServerError(
+                    f"no policy server answers at {client.address}. Look at --host and --port; one with --http needs it here, too."
+                ) from error
             if status is None:
                 raise ServerError(f"the server at {client.address} tells no status: it is NVIDIA's, or an older one.")
     batches = ", ".join(f"{size}: {ms:g} ms" for size, ms in status["batch_ms"].items())

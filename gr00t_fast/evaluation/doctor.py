@@ -224,8 +224,9 @@ def network(options: DoctorOptions) -> tuple[dict[str, str], Any, Rows]:
         _exports(options, found, None if metadata is None else _picture_size(options, found, metadata, rows), rows)
     _memory(torch, parameters, rows)
     for name, (why_not, advice) in obstacles().items():
-        state = "ok" if not why_not else "fail" if name == options.engine and name not in ENGINES else "warn"
-        rows.add("engines", f"{name}: {why_not or 'can run here'}", (advice or "Use another --engine.") if why_not else "", state)
+        state = "ok" if not why_not or name != options.engine else "warn" if name in ENGINES else "fail"  # of those, `_engine` has said it
+        remedy = advice or ("" if state == "ok" else "Use another --engine.")
+        rows.add("engines", f"{name}: {why_not or 'can run here'}", remedy if why_not else "", state)
     return titles, metadata, rows
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -431,7 +431,7 @@ def judge(found: Mapping[str, Any], shift: Mapping[str, Any], findings: Sequence
     # a steady motion makes a delay look like an offset: what leaves less of the error is believed
     offset = [each for each in offset_of(found) if all((each.left or 0) <= (other.left or 0) for other in deciding)]
     if is_good(found, findings) and not offset:
-        return FINE, [*findings, *timing]
+        return FINE, [*findings, *(replace(each, text=f"good, and could be better: {each.text}") for each in timing)]
     explained = sorted([*offset, *deciding], key=lambda each: each.left or 0)
     kinds = [each.kind for each in findings if each.decides]
     first = next((kind for kind in (*(each.kind for each in explained), *(kind for kind in (UNITS, CAMERAS, RATE) if kind in kinds))), MODEL)

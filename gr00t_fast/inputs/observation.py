@@ -80,8 +80,8 @@ def _from_lerobot(observation: Mapping[str, Any], config: DataConfig, state_widt
     pictures = {f"observation.images.{key.removeprefix('video.')}": key for key in config.video_keys}
     expected, width = [*pictures, LEROBOT_STATE, LEROBOT_TASK], sum(state_widths.values())
     given = {key for key in observation if key == LEROBOT_TASK or str(key).startswith("observation.")}
-    if wrong := sorted(map(str, given ^ {*expected})):  # lerobot would show the network a further camera too
-        raise ObservationError(f"observation: expected {', '.join(expected)}; missing, or one too many: {_names(wrong)}.")
+    if given != {*expected}:  # lerobot would show the network a further camera too
+        raise ObservationError(f"observation: expected {', '.join(expected)}; got {_names(sorted(map(str, given)))}.")
     state = _array(LEROBOT_STATE, observation[LEROBOT_STATE], f"numbers of shape ({width},)")
     if state.ndim not in (1, 2) or state.shape[-1] != width:
         raise ObservationError(f"{LEROBOT_STATE}: expected shape ({width},), or (batch, {width}); got {state.shape}.")

@@ -190,11 +190,12 @@ def _run_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     inferences = f"{run['ticks']} ticks, {run['inferences']} inferences, {run['episodes']} episode(s)"
     yield "run", f"{inferences}, {run['duration_s']:.1f} s, ended by {_ending(run)}"
     yield "instruction", report["settings"].get("lang_instruction") or "none"
-    if run["episodes_solved"] is not None:
+    if run["episodes_solved"] is not None and run["ticks"]:
         yield "task", f"solved in {run['episodes_solved']} of {run['episodes']} episode(s)"
-    asked = f"(asked: {run['target_hz']:g})"
-    yield "rate", f"{cell(run['achieved_hz'])} Hz from first to last target, {cell(run['playback_hz'])} within chunks {asked}"
-    yield "missed ticks", f"{pacing['missed_ticks']} during playback, {pacing['waiting_for_inference_ticks']} while waiting for inference"
+    if run["ticks"]:  # not of a dry run
+        asked = f"(asked: {run['target_hz']:g})"
+        yield "rate", f"{cell(run['achieved_hz'])} Hz from first to last target, {cell(run['playback_hz'])} within chunks {asked}"
+        yield "missed ticks", f"{pacing['missed_ticks']} during playback, {pacing['waiting_for_inference_ticks']} while waiting for inference"
     if safety is not None:
         yield "held ticks", f"{safety['held_ticks']}, because the target was NaN or infinite"
     if stalled := (safety or {}).get("stalled"):
@@ -242,7 +243,7 @@ def _listed(value: Any) -> str:
 def verdict(report: Mapping[str, Any]) -> str:
     """One line: what was played, how it ended, and in what state the arm is."""
     run, landing = report["run"], report["landing"]
-    solved = "" if run["episodes_solved"] is None else f", solved in {run['episodes_solved']}"
+    solved = "" if run["episodes_solved"] is None or not run["ticks"] else f", solved in {run['episodes_solved']}"
     safe = "not reported" if landing is None else "safe" if landing["safe"] else "NOT SAFE"
     ticks = f"{run['ticks']} ticks, {report['pacing']['missed_ticks']} missed"
     return f"{run['episodes']} episode(s){solved}, {ticks}, ended by {_ending(run)}; landing {safe}"

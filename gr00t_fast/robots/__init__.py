@@ -58,7 +58,7 @@ class RobotConfig(Choice):
     """An arm by `type`."""
 
     instead: ClassVar = {
-        **{former: f"It is called {former}_follower now." for former in ("so100", "so101")},  # lerobot's before version 0.2
+        **{former: f"Expected {former}_follower." for former in ("so100", "so101")},  # lerobot's before version 0.2
         **dict.fromkeys(("bi_so_follower", "bi_so100_follower", "bi_so101_follower"), _ONE_ARM),
         **dict.fromkeys(("lekiwi", "lekiwi_client"), "gr00t_fast drives an SO-100 or SO-101 on a table, without a mobile base."),
     }

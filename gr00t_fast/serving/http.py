@@ -32,7 +32,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from gr00t_fast.base.contracts import Policy
-from gr00t_fast.base.errors import Gr00tFastError, ServerError, WireError, require
+from gr00t_fast.base.errors import Gr00tFastError, ServerError, WireError, require, shown
 from gr00t_fast.inputs.observation import LEROBOT_TASK
 from gr00t_fast.serving.service import (
     BUDGET_MESSAGES,
@@ -356,5 +356,5 @@ def _payload(body: bytearray) -> dict[str, Any]:
     if isinstance(payload, dict) and isinstance(payload.get("encoded"), str) and len(payload) == 1:
         payload = from_json(payload["encoded"].encode("utf-8", "surrogatepass"), MAX_BODY_BYTES)
     if not isinstance(payload, dict) or "observation" not in payload:
-        raise WireError('expected {"observation": {name: value}}.')
+        raise WireError(f'expected {{"observation": {{name: value}}}}, got {shown(list(payload) if isinstance(payload, dict) else payload)}.')
     return payload

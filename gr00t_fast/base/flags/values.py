@@ -9,7 +9,7 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
-from gr00t_fast.base.errors import ConfigError, closest
+from gr00t_fast.base.errors import ConfigError, closest, shown
 from gr00t_fast.base.flags.words import Choice, Flag, Kind, fields_of, is_choice, item_of, kind_of, without_none, words_of
 
 TRUE, FALSE, _NULL = ("true", "yes", "on", "1"), ("false", "no", "off", "0"), ("null", "none", "~")
@@ -77,7 +77,8 @@ def _chosen(where: str, base: type[Choice], raw: Any) -> Any:
     """One of a Choice's classes from a mapping with `type`."""
     classes = base.types
     if not isinstance(raw, dict) or "type" not in raw:
-        raise ConfigError(f"{where} has no 'type' (one of {', '.join(classes)}); YAML wants a space after the colon.")
+        got = shown(list(raw) if isinstance(raw, dict) else raw)
+        raise ConfigError(f"{where} has no 'type' (one of {', '.join(classes)}), but {got}; YAML wants a space after the colon.")
     if raw["type"] not in classes:
         base.find_types()
     chosen = classes[_chosen_word(f"{where}.type", tuple(classes), raw["type"])]

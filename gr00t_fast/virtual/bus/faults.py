@@ -22,12 +22,14 @@ Every fault also takes `on=` (read, write, ping, sync_read, ..), `register=` (ad
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
-from gr00t_fast.base.errors import ConfigError, closest
+from gr00t_fast.base.contracts import SO100_JOINTS
+from gr00t_fast.base.errors import ConfigError, check_ranges, closest
 from gr00t_fast.robots.feetech import ErrorBit, Instruction, Register, Request, Status
 
 Kind = Literal["silent", "absent", "wrong_model", "checksum", "drop", "loss", "flip", "delay", "no_data", "error", "unplug", "blocked"]
@@ -61,7 +63,11 @@ class Fault:
         if kind not in KINDS:
             raise ConfigError(f"unknown fault '{kind}' in '{spec}'; expected one of {', '.join(KINDS)}.{closest(kind, KINDS)}")
         values = dict(_option(spec, item) for item in rest.split(",") if item.strip())
-        return cls(kind, **values)  # type: ignore[arg-type]
+        fault = cls(kind, **values)  # type: ignore[arg-type]
+        check_ranges(
+            fault, f"fault={kind}:", servo=(1, len(SO100_JOINTS)), rate=(0.0, 1.0), ms=(0.0, math.inf), for_s=(0.0, math.inf), at_s=(0.0, math.inf)
+        )
+        return fault
 
     def matches(self, request: Request) -> bool:
         """Whether the request is one this fault is about (whatever its timing)."""

@@ -89,7 +89,7 @@ BAD = {
     "setting of programs alone": ([*SIM, "--robot.servo_lag_ms=150"], "unknown flag '--robot.servo_lag_ms'"),
     "flag of another robot": ([*SIM, "--robot.port=/dev/x"], "does not apply to --robot.type=so100_sim"),
     "two arms of lerobot's": (["--robot.type=bi_so101_follower", *SIM[1:]], "drives one arm"),
-    "lerobot's old name of the arm": (["--robot.type=so100", *SIM[1:]], "It is called so100_follower now"),
+    "lerobot's old name of the arm": (["--robot.type=so100", *SIM[1:]], "Expected so100_follower"),
     "no instruction": (SIM[:2], "--lang_instruction is missing"),
     "not an int": ([*SIM, "--denoising_steps=two"], "--denoising_steps: 'two' is not a whole number"),
     "episodes without end": ([*SIM, "--episodes=2"], "needs --timeout"),

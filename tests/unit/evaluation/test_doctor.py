@@ -56,6 +56,7 @@ def test_a_set_up_without_mistakes(bus: VirtualBus, flags: list[str], capsys: py
     shown = "\n".join(row["what"] for row in result["rows"])
     assert all(f"servo {number} (" in shown for number in range(1, 7))
     assert "12.1 V, 31 C, firmware 3.10" in shown
+    assert {row["state"] for row in result["rows"] if row["section"] == "engines"} == {"ok"}, "those that are not asked for are no problem"
     assert torch.cuda.is_available() or not Path("/proc/meminfo").exists() or "this machine's memory has" in shown
     assert registers == [bytes(servo.registers) for servo in bus.servos], "the servos are only read"
 

@@ -17,7 +17,7 @@ import pytest
 from gr00t_fast.base.contracts import SO100_JOINTS
 from gr00t_fast.base.errors import ConfigError, RobotError
 from gr00t_fast.cli import bus as bus_command
-from gr00t_fast.cli import run
+from gr00t_fast.cli import demo, run
 from gr00t_fast.robots import feetech as p
 from gr00t_fast.robots.calibration import HALF_RANGE_DEG, default_calibration, load_calibration, save_calibration
 from gr00t_fast.robots.feetech import Register
@@ -78,7 +78,15 @@ def test_calibration_files_and_faults_are_checked(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ConfigError, match=named):
             load_calibration(path)
-    for spec, text in (("silnt:servo=3", "'silent'"), ("silent:srvo=3", "'servo'"), ("silent:servo=x", "number"), ("silent:on=raed", "'read'")):
+    for spec, text in (
+        ("silnt:servo=3", "'silent'"),
+        ("silent:srvo=3", "'servo'"),
+        ("silent:servo=x", "number"),
+        ("silent:on=raed", "'read'"),
+        ("silent:servo=9", "from 1 to 6"),
+        ("loss:rate=7", "0 to 1"),
+        ("delay:ms=-5", "at least 0"),
+    ):
         with pytest.raises(ConfigError, match=text):
             Fault.parse(spec)
     assert all(f"    {kind}:" in (faults.__doc__ or "") for kind in faults.KINDS)
@@ -204,9 +212,12 @@ def test_a_program_of_its_own_is_driven_and_steered_and_a_second_leaves_it_alone
     finally:
         process.kill()  # a dead bus leaves everything lying about, and is in nobody's way
         process.wait()
-    third = program(f"--link={link}")
+    third = program(f"--link={link}", "--scene=reach", f"--write_calibration={tmp_path / 'cal'}")
     try:
         assert third.stdout.readline().startswith("Virtual servo bus")
+        assert "network of the demo" in third.stdout.readline()
+        config = run.parse([*demo.main.before, *shlex.split(third.stdout.readline())[2:]])
+        assert (config.robot.port, config.robot.id, list(config.robot.cameras)) == (str(link), "virtual", ["front"])
         assert bus_command.main([f"--control={control}", "--send=quit"]) == 0
         assert third.wait(timeout=60) == 0
     finally:
