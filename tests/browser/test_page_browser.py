@@ -135,11 +135,9 @@ def test_a_run_is_seen_judged_and_stopped(browser: WebDriver) -> None:
         assert not browser.find_elements(By.TAG_NAME, "b"), "it is no HTML"
         button(browser, "pause").click()
         shows(browser, "paused, the arm holds its pose")
-        first = text_of(browser).partition("Hz now")[0]
         time.sleep(0.8)  # sooner it would be a double click
         button(browser, "go on").click()
         shows(browser, "playing the policy's actions")
-        assert first
         button(browser, "STOP").click()
         shows(browser, "The run has ended")
         shows(browser, "ended by STOP on the page")

@@ -107,7 +107,7 @@ class Drive:
         found = []
         for directory in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if self._port.encode() in (directory / "cmdline").read_bytes():
+                if self._port.encode() in (directory / "cmdline").read_bytes().split(b"\0"):
                     found.append(int(directory.name))
         return found
 

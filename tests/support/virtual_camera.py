@@ -39,9 +39,12 @@ def plugin_environment(directory: Path) -> dict[str, str]:
 
 
 def write_camera(directory: Path, index: int, frame_bgr: np.ndarray, fps: int = 30) -> None:
-    """Create camera `index`, which shows `frame_bgr` (height, width, 3) uint8."""
+    """Create camera `index`, which shows `frame_bgr` (height, width, 3) uint8, or change it in place: a reader has the file mapped, and would die of
+    one that is empty for a moment."""
     height, width = frame_bgr.shape[:2]
-    (directory / f"cam{index}").write_bytes(struct.pack("5i", width, height, fps, 0, RUNNING) + frame_bgr.tobytes())
+    content, file = struct.pack("5i", width, height, fps, 0, RUNNING) + frame_bgr.tobytes(), directory / f"cam{index}"
+    with file.open("r+b" if file.exists() and file.stat().st_size == len(content) else "wb") as camera:
+        camera.write(content)
 
 
 def set_state(directory: Path, index: int, state: int) -> None:
