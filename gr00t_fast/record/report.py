@@ -190,9 +190,9 @@ def _run_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     inferences = f"{run['ticks']} ticks, {run['inferences']} inferences, {run['episodes']} episode(s)"
     yield "run", f"{inferences}, {run['duration_s']:.1f} s, ended by {_ending(run)}"
     yield "instruction", report["settings"].get("lang_instruction") or "none"
-    if run["episodes_solved"] is not None and run["ticks"]:
-        yield "task", f"solved in {run['episodes_solved']} of {run['episodes']} episode(s)"
     if run["ticks"]:  # not of a dry run
+        if run["episodes_solved"] is not None:
+            yield "task", f"solved in {run['episodes_solved']} of {run['episodes']} episode(s)"
         asked = f"(asked: {run['target_hz']:g})"
         yield "rate", f"{cell(run['achieved_hz'])} Hz from first to last target, {cell(run['playback_hz'])} within chunks {asked}"
         yield "missed ticks", f"{pacing['missed_ticks']} during playback, {pacing['waiting_for_inference_ticks']} while waiting for inference"

@@ -356,5 +356,6 @@ def _payload(body: bytearray) -> dict[str, Any]:
     if isinstance(payload, dict) and isinstance(payload.get("encoded"), str) and len(payload) == 1:
         payload = from_json(payload["encoded"].encode("utf-8", "surrogatepass"), MAX_BODY_BYTES)
     if not isinstance(payload, dict) or "observation" not in payload:
-        raise WireError(f'expected {{"observation": {{name: value}}}}, got {shown(list(payload) if isinstance(payload, dict) else payload)}.')
+        got = shown(list(payload)[:5]) if isinstance(payload, dict) else type(payload).__name__
+        raise WireError(f'expected {{"observation": {{name: value}}}}, got {got}.')
     return payload

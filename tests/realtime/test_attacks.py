@@ -7,6 +7,7 @@ GR00T_FAST_ATTACK_S=10 for longer attacks.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 import socket
@@ -47,6 +48,11 @@ def frame(body: bytes) -> bytes:
     return b"\x01\x00\x02" + len(body).to_bytes(8, "big") + body
 
 
+@functools.cache  # once, or once in each thread
+def say_that_it_has_begun() -> None:
+    print("begun", flush=True)
+
+
 def flood(port: int, begin: bytes, messages: Callable[[], Iterable[bytes]]) -> None:
     """From four threads: send one message after the other, taking the answers, and connect anew when thrown out."""
 
@@ -54,6 +60,7 @@ def flood(port: int, begin: bytes, messages: Callable[[], Iterable[bytes]]) -> N
         while True:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=30) as raw:
                 raw.sendall(begin)
+                say_that_it_has_begun()
                 for message in messages():
                     raw.sendall(message)
                     if not raw.recv(65536):
@@ -75,6 +82,7 @@ def hold(port: int, count: int, begin: bytes, rest: bytes) -> None:
                 raw = socket.create_connection(("127.0.0.1", port), timeout=30)
                 raw.sendall(begin)
                 held.append(raw)
+                say_that_it_has_begun()
         time.sleep(0.1)
         for raw in list(held):
             try:
@@ -140,9 +148,9 @@ def test_an_attack_neither_stops_honest_clients_nor_takes_the_memory(server: tup
     memory = psutil.Process(process.process.pid).memory_info
     call(kind, process.port)
     before_bytes = most_bytes = memory().rss
-    attacker = subprocess.Popen([sys.executable, __file__, f"{kind} {name}", str(process.port)])
+    attacker = subprocess.Popen([sys.executable, __file__, f"{kind} {name}", str(process.port)], stdout=subprocess.PIPE, text=True)
     try:
-        time.sleep(0.5)
+        assert attacker.stdout.readline().startswith("begun")
         calls, end_s = 0, time.monotonic() + ATTACK_S
         while calls < CALLS or time.monotonic() < end_s:
             call(kind, process.port)
@@ -150,7 +158,7 @@ def test_an_attack_neither_stops_honest_clients_nor_takes_the_memory(server: tup
         assert attacker.poll() is None, "the attacker has given up"
     finally:
         attacker.kill()
-        attacker.wait(10)
+        attacker.communicate(timeout=10)
     print(f"{kind} {name}: {calls} calls, +{(most_bytes - before_bytes) / 1e6:.0f} MB")
     assert most_bytes - before_bytes < MAX_GROWTH_BYTES
 

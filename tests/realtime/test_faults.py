@@ -219,7 +219,7 @@ def test_late_answers_pass_neither_for_the_next_one_nor_for_an_acknowledgement(t
     with connected(tmp_path) as (bus, arm):
         here, line = arm.observe().joints, arm.bus.line
         line.write(Request(2, Instruction.READ, bytes((56, 2))).encode())  # nobody reads this answer
-        time.sleep(0.05)
+        until(lambda: line.in_waiting >= 8)
         np.testing.assert_allclose(arm.observe().joints, here, atol=0.2)
         assert (arm.events["stale_bytes"], arm.events["read_retry"]) == (1, 0)
         assert line.in_waiting == 0, "dropped, not left for the next request"

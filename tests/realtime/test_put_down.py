@@ -23,6 +23,7 @@ pytest.importorskip("scservo_sdk")
 pytest.importorskip("mujoco")
 
 from arm_bench import OFF, Camera, make_arm, real_time_loop, true_joints
+from waiting import until
 
 from gr00t_fast.base.errors import CameraError, InferenceTimeoutError, RobotError
 from gr00t_fast.base.signals import FURTHER_AFTER_S, StopSignals
@@ -210,6 +211,7 @@ def test_a_second_stop_does_not_wait_for_a_cable(tmp_path: Path) -> None:
 
     def act(stand: Stand) -> None:
         cable_out_and_stop(stand, 30.0)
+        until(lambda: stand.stop.shutting_down)
         time.sleep(1.5 * FURTHER_AFTER_S)
         send(signal.SIGINT)
         at_s.append(time.monotonic())

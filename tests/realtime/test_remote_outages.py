@@ -93,7 +93,7 @@ class Run:
 
         def look() -> None:
             sent.extend([len(self.robot.sent)] if any("is back after" in line for line in self.said) else [])
-            self.loop.session.over = bool(sent) and len(self.robot.sent) > sent[0] + 20 and not self.underrun[-5:].all()
+            self.loop.session.over = bool(sent) and len(self.robot.sent) > sent[0] + 20 and not self.underrun[-4:].all()  # this tick has yet to come
 
         self.robot.on_observe = look
         return self

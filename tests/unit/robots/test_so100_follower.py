@@ -369,8 +369,8 @@ def test_an_arm_without_a_camera_can_have_a_drawn_one(bus: VirtualBus, tmp_path:
 def test_a_frame_has_its_age_and_a_camera_that_froze_is_waited_for_a_moment_alone(arm: SO100FollowerArm) -> None:
     arm.follower.cameras["front"] = camera = Camera(age_s=0.3)
     assert 0.3 <= arm.observe().frame_ages_s["front"] < 0.5
-    threading.Timer(0.1, lambda: setattr(camera, "is_connected", True)).start()
     camera.is_connected = False
+    threading.Timer(0.1, lambda: setattr(camera, "is_connected", True)).start()
     assert arm.observe().frames["front"].shape == (32, 40, 3)
     camera.is_connected = False
     with pytest.raises(CameraError, match="camera 'front' stopped delivering"):
